@@ -1,0 +1,7 @@
+"""Shared fixtures. Everything is made in memory or under tmp_path; nothing is downloaded."""
+
+import os
+
+# One thread per process keeps float32 sums bitwise repeatable and leaves cores for multi-process tests.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
