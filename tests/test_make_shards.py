@@ -1,0 +1,260 @@
+"""The command line: folders become shards with the right labels, and every mistake ends in one line."""
+
+import fcntl
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import pipeline.demo
+from pipeline.shards import read_dataset
+from tests.test_shards import BAD, contents, picture, stored
+from tools.make_shards import _progress, app
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments: object) -> Result:
+    """The command in this process, with one worker."""
+    return CliRunner().invoke(app, [*map(str, arguments), "--workers", "1"])
+
+
+def refused(*arguments: object) -> str:
+    """The one line that a command prints before it ends with exit code 2."""
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    lines = [line for line in result.stderr.splitlines() if line]
+    assert len(lines) == 1, result.output
+    assert lines[0].startswith("make_shards: ")
+    return lines[0]
+
+
+def fill(folder: Path, *files: str) -> Path:
+    """Put an image of its own into each file; folders are made."""
+    for i, name in enumerate(files):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(picture(i))
+    return folder
+
+
+def images_by_class(out: Path) -> set[tuple[str, bytes]]:
+    dataset = read_dataset(out)
+    assert dataset.classes is not None
+    members = stored(dataset)
+    return {
+        (dataset.classes[int(label)], image) for (_, label), (_, image) in zip(members[::2], members[1::2], strict=True)
+    }
+
+
+def test_labels_are_those_of_torchvision_s_image_folder(tmp_path: Path) -> None:
+    """Names with upper case, spaces, digits and other alphabets; images at any depth; suffixes in any case."""
+    from torchvision.datasets import ImageFolder
+
+    files = (
+        "b/1.jpg",
+        "B c/1.JPEG",
+        "a/x y.JPG",
+        "a/deep/er/2.png",
+        "Émile/é.jpg",
+        "猫/猫.webp",
+        "10/1.jpeg",
+        "9/1.jpg",
+    )
+    source = fill(tmp_path / "source", *files)
+    assert run("folder", source, tmp_path / "out").exit_code == 0
+    theirs = ImageFolder(source)
+    assert read_dataset(tmp_path / "out").classes == tuple(theirs.classes)
+    assert images_by_class(tmp_path / "out") == {
+        (theirs.classes[label], Path(path).read_bytes()) for path, label in theirs.samples
+    }
+
+
+def test_a_flat_folder_gives_images_without_labels(tmp_path: Path) -> None:
+    """Other files and folders without images do not disturb; hidden files are passed over."""
+    source = fill(tmp_path / "my photos", "1.jpg", "2.JPG", "ü 3.jpg")
+    fill(source, ".hidden.jpg", "notes/readme.txt", "list.csv")
+    result = run("folder", source, tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    dataset = read_dataset(tmp_path / "out")
+    assert dataset.classes is None
+    assert {image for _, image in stored(dataset)} == {path.read_bytes() for path in source.glob("[!.l]*.*")}
+    assert dataset.shards[0].file == "my-photos-000000.tar"
+
+
+def test_links_are_followed_but_never_in_a_circle(tmp_path: Path) -> None:
+    """Subsets made of links are common; a link to the folder above must not multiply images."""
+    source = fill(tmp_path / "source", "a/1.jpg", "b/2.jpg")
+    (source / "a" / "linked.jpg").symlink_to(fill(tmp_path / "else", "3.jpg") / "3.jpg")
+    (source / "a" / "up").symlink_to(source / "a")
+    (source / "c").symlink_to(fill(tmp_path / "whole", "4.jpg"))
+    os.mkfifo(source / "a" / "pipe.jpg")  # would block for ever if it were opened
+    assert run("folder", source, tmp_path / "out").exit_code == 0
+    dataset = read_dataset(tmp_path / "out")
+    assert dataset.classes == ("a", "b", "c")
+    assert dataset.counts["per_class"] == [2, 1, 1]
+
+
+def test_bad_files_are_summed_up_on_the_screen_and_listed_in_the_report(tmp_path: Path) -> None:
+    """The screen counts them by reason and warns of a class that lost every image; the report has their paths."""
+    source = fill(tmp_path / "source", "a/1.jpg", "a/2.jpg", "b/1.jpg", "b/half.jpg")
+    (source / "a" / "empty.JPEG").write_bytes(b"")
+    (source / "a" / "page.jpg").write_bytes(b"<html>")
+    for name in ("1", "half"):
+        (source / "b" / f"{name}.jpg").write_bytes(BAD["half a JPEG"][0] or b"")
+    result = run("folder", source, tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "left out 4 images (does not decode: 2, empty: 1, not JPEG, PNG or WebP: 1)" in result.stdout
+    assert "no image is left of 1 classes: 'b'" in result.stderr
+    listed = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
+    assert {each["path"] for each in listed} == {"a/empty.JPEG", "a/page.jpg", "b/1.jpg", "b/half.jpg"}
+    assert read_dataset(tmp_path / "out").classes == ("a", "b")
+
+
+def test_options_reach_the_shards(tmp_path: Path) -> None:
+    source = fill(tmp_path / "source", *(f"{i}.jpg" for i in range(6)))
+    (source / "half.jpg").write_bytes(BAD["half a JPEG"][0] or b"")
+    options = ("--shard-size", 3, "--seed", 7, "--name", "mine", "--no-verify")
+    assert run("folder", source, tmp_path / "out", *options).exit_code == 0
+    dataset = read_dataset(tmp_path / "out")
+    assert [shard.file for shard in dataset.shards] == ["mine-000000.tar", "mine-000001.tar", "mine-000002.tar"]
+    assert dataset.options == {"seed": 7, "shard_size": 3, "verify": False, "max_pixels": 64_000_000}
+    assert dataset.samples == 7
+
+
+def test_each_mistake_ends_in_one_line_that_names_it(tmp_path: Path) -> None:
+    """Exit code 2, and nothing is left behind."""
+    out = tmp_path / "out"
+    empty, texts = tmp_path / "empty", fill(tmp_path / "texts", "a/readme.txt", "b/table.csv", "c.txt")
+    empty.mkdir()
+    mixed = fill(tmp_path / "mixed", "1.jpg", "cats/2.jpg")
+    hole = fill(tmp_path / "hole", "cats/1.jpg", "dogs/readme.txt")
+    bad = fill(tmp_path / "bad", "1.jpg")
+    (bad / "1.jpg").write_bytes(b"")
+    good = fill(tmp_path / "good", "1.jpg")
+    assert re.search("missing is missing, expected a folder", refused("folder", tmp_path / "missing", out))
+    assert re.search("1.jpg is a file, expected a folder", refused("folder", good / "1.jpg", out))
+    assert re.search("empty holds no image .* found nothing", refused("folder", empty, out))
+    assert re.search("texts holds no image .* 2 folders .* 1 other", refused("folder", texts, out))
+    assert re.search("mixes images .'1.jpg'. with class folders .*'cats/2.jpg'", refused("folder", mixed, out))
+    assert re.search("class folders without an image: 'dogs'", refused("folder", hole, out))
+    assert re.search("none of the 1 images can be used .empty: 1.", refused("folder", bad, out))
+    assert re.search("good is not empty", refused("folder", good, good))
+    assert re.search("1.jpg is a file", refused("folder", good, good / "1.jpg"))
+    assert re.search("name 'a/b'", refused("folder", good, out, "--name", "a/b"))
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"empty", "texts", "mixed", "hole", "bad", "good"}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
+def test_folders_without_permission_are_named(tmp_path: Path) -> None:
+    source = fill(tmp_path / "source", "a/1.jpg")
+    (source / "a").chmod(0)
+    assert "source/a" in refused("folder", source, tmp_path / "out")
+    (source / "a").chmod(0o755)
+    (tmp_path / "closed").mkdir(mode=0o555)
+    assert "closed" in refused("folder", source, tmp_path / "closed" / "out")
+
+
+def test_demo_makes_train_and_test_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both sets or none; they hold different images of the same classes. Here fewer images than a user gets."""
+    monkeypatch.setattr(pipeline.demo, "splits", partial(pipeline.demo.splits, train=60, test=30))
+    assert run("demo", tmp_path / "demo").exit_code == 0
+    train, test = (read_dataset(tmp_path / "demo" / split) for split in ("train", "test"))
+    assert (train.name, test.name) == ("train", "test")
+    assert (train.samples, test.samples) == (60, 30)
+    assert train.classes == test.classes == pipeline.demo.CLASSES
+    assert not {image for _, image in stored(train) if len(image) > 1} & {i for _, i in stored(test) if len(i) > 1}
+    assert "demo is not empty" in refused("demo", tmp_path / "demo")
+
+
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Lines come ten seconds apart at most often, so that logs stay short."""
+    clock = iter([0.0, 1.0, 11.0, 12.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    with _progress("train") as progress:
+        for done in (10, 110, 120):
+            progress(done, 200)
+    assert capsys.readouterr().err == "train: 110/200 images, 10 images/s\n"
+    monkeypatch.undo()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with _progress("train") as progress:
+        progress(120, 200)
+    assert re.search("train.*120/200", capsys.readouterr().err)
+
+
+# ---- as a program of its own
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """--help answers at once: no torch, webdataset, Pillow or NumPy."""
+    code = "import sys, tools.make_shards; print(*{'torch', 'webdataset', 'PIL', 'numpy'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "\n"
+
+
+def processes_of(group: int) -> list[str]:
+    """States of the living processes of a process group, from Linux's /proc."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, process_group = stat.read_text().rpartition(")")[2].split()[:3]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(process_group) == group and state != "Z":
+            found.append(state)
+    return found
+
+
+def test_a_killed_run_leaves_no_shards_no_lock_and_no_process(tmp_path: Path) -> None:
+    """kill -9 in the middle: OUT does not exist, the workers end too, and the next run gives the usual bytes."""
+    source = tmp_path / "images" / "train"
+    fill(source, "0/0.jpg")
+    for i in range(1, 1000):
+        os.link(source / "0" / "0.jpg", source / "0" / f"{i}.jpg")
+    command = [sys.executable, str(ROOT / "tools" / "make_shards.py"), "folder", str(source), "out"]
+    command += ["--workers", "2", "--shard-size", "5"]
+    killed = subprocess.Popen(command, cwd=tmp_path, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".out.partial/*.idx")):
+        assert killed.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline, "no shard in 60 s"
+        time.sleep(0.01)
+    lock = os.open(tmp_path / ".out.partial", os.O_RDONLY)
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(lock)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    while processes_of(killed.pid):
+        assert time.monotonic() < deadline, "workers outlive their parent"
+        time.sleep(0.05)
+    subprocess.run(command, cwd=tmp_path, check=True)
+    run("folder", source, tmp_path / "again", "--shard-size", "5")
+    assert contents(tmp_path / "out") == contents(tmp_path / "again")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "images", "out"]
+
+
+def test_a_full_disk_ends_in_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    """A limit on file size stands in for the disk: exit code 1, the cause, and no half-written folder."""
+    source = fill(tmp_path / "source", *(f"{i}.jpg" for i in range(40)))
+    command = (
+        "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); "
+        "sys.argv = ['make_shards', 'folder', 'source', 'out', '--workers', '1', '--shard-size', '40']; "
+        f"runpy.run_path({str(ROOT / 'tools' / 'make_shards.py')!r}, run_name='__main__')"
+    )
+    result = subprocess.run([sys.executable, "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 1, result.stderr
+    assert "File too large" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [source.name]
