@@ -1,0 +1,363 @@
+"""Checkpoints that survive kill -9, and the encoder as plain weights. The only home of safetensors.
+
+A checkpoint is a folder `step-0000123/` of model.safetensors, optimizer.safetensors and state.json (all that is no
+tensor, and the hashes of the other two). It is written under another name, flushed to the disk and then renamed, so a
+name holds a whole checkpoint or does not exist. Nothing is pickled, and nothing in a file is believed before it
+matches the model at hand.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from model.encoder import LAYERS, Encoder, build_encoder
+
+FORMAT = 1
+MAX_HEADER_BYTES = 1 << 20  # ResNet-152 under AdamW needs 0.2 MB; it also bounds the tensors, to some 20,000
+METADATA_KEY = "swiftclr"  # exactly one: safetensors writes several in random order, and no two files are equal
+
+
+def save(
+    folder: str | Path, step: int, *, model: nn.Module, optimizer: Optimizer, extra: Mapping[str, Any], keep: int = 3
+) -> Path:
+    """Publish `folder/step-{step}/`, then remove all checkpoints but the newest `keep` (≥ 1) and this one.
+
+    model      unwrapped (no DDP around it): its parameter names are the file's.
+    optimizer  over parameters of `model`; its state may hold tensors and JSON values.
+    extra      whatever else a resume needs, as JSON: configuration, loader position, metrics.
+    One process of a run calls this. Raises FileExistsError if the step is saved already, ValueError naming a tensor
+    that is not finite (NaN is nothing to resume from), OSError if the disk is full. Older checkpoints stay whole.
+    """
+    folder = Path(folder)
+    final = folder / f"step-{step:07d}"
+    if final.exists():
+        raise FileExistsError(f"{final} exists: this step is saved already")
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1, got {keep}")
+    names = _names(model, optimizer)
+    values: dict[str, Any] = {}  # by "parameter:key", or "#group:key" for what a group holds
+    tensors: dict[str, Tensor] = {}
+    for i, group in enumerate(optimizer.param_groups):
+        owners = [(f"#{i}", {key: value for key, value in group.items() if key != "params"})]
+        owners += [(names[p], optimizer.state[p]) for p in group["params"] if p in optimizer.state]
+        for owner, entries in owners:
+            for key, value in entries.items():
+                (tensors if isinstance(value, Tensor) else values)[f"{owner}:{key}"] = value
+    files = {"model.safetensors": model.state_dict(), "optimizer.safetensors": tensors}
+    for name, part in files.items():
+        if bad := _first_not_finite(part):
+            raise ValueError(f"{bad} ({name}) is not finite at step {step}: nothing saved, older checkpoints kept")
+
+    with _staged(folder, final.name) as partial:
+        for name, part in files.items():
+            _write_tensors(partial / name, part)
+        state = {
+            "format": FORMAT,
+            "step": step,
+            "sha256": {name: _sha256(partial / name) for name in files},
+            "optimizer": {"class": type(optimizer).__name__, "groups": _groups(optimizer, names), "values": values},
+            "extra": dict(extra),
+        }
+        _write_json(partial / "state.json", state)
+        _flush(partial)
+        os.rename(partial, final)
+    for _, old in _published(folder)[:-keep]:
+        if old != final:  # a run gone back to an earlier step saves below the newest
+            doomed = folder / f".tmp-{old.name}"  # killed half-way through, it must not look like a checkpoint
+            os.rename(old, doomed)
+            shutil.rmtree(doomed)
+    return final
+
+
+def latest(folder: str | Path) -> Path | None:
+    """The newest checkpoint in `folder`, or None. What a killed save left behind is not one."""
+    published = _published(Path(folder))
+    return published[-1][1] if published else None
+
+
+def load(path: str | Path, *, model: nn.Module, optimizer: Optimizer) -> tuple[int, dict[str, Any]]:
+    """Put a checkpoint, bit for bit, into `model` and `optimizer`; returns (step, extra).
+
+    Their devices and memory formats stay. Raises ValueError naming the file, the key, what is expected and what is
+    there; then neither has been touched.
+    """
+    path = Path(path)
+    state = json.loads((path / "state.json").read_bytes())
+    if state.get("format") != FORMAT:
+        raise ValueError(f"{path}/state.json has format {state.get('format')!r}, expected {FORMAT}")
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        if (found := _sha256(path / name)) != (digest := state["sha256"][name]):
+            raise ValueError(f"{path / name} is damaged: its sha256 is {found[:12]}…, expected {digest[:12]}…")
+    weights = _read_tensors(path / "model.safetensors", model.state_dict())
+
+    names, saved = _names(model, optimizer), state["optimizer"]
+    if saved["class"] != type(optimizer).__name__:
+        raise ValueError(f"{path}: optimizer {saved['class']} in the checkpoint, {type(optimizer).__name__} now")
+    now = _groups(optimizer, names)
+    if saved["groups"] != now:
+        old, new = ({(i, name) for i, group in enumerate(side) for name in group} for side in (saved["groups"], now))
+        raise ValueError(f"{path}: optimizer groups (index, parameter) differ, first in {sorted(old ^ new)[:3]}")
+    params = {names[p]: (i, p) for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
+    groups: list[dict[str, Any]] = [{"params": [params[name][0] for name in group]} for group in now]
+    moments: dict[int, dict[str, Any]] = {}
+    for name, value in [*saved["values"].items(), *_read_tensors(path / "optimizer.safetensors").items()]:
+        owner, _, key = name.rpartition(":")
+        if owner.startswith("#"):
+            tuples = isinstance(optimizer.param_groups[int(owner[1:])].get(key), tuple)
+            groups[int(owner[1:])][key] = tuple(value) if tuples else value  # JSON made a list of the betas
+        else:
+            i, param = params[owner]
+            if isinstance(value, Tensor) and value.ndim and value.shape == param.shape:
+                # with strides that are not the parameter's, multi-tensor updates fall back to one kernel a tensor
+                value = torch.empty_like(param, dtype=value.dtype, requires_grad=False).copy_(value)
+            moments.setdefault(i, {})[key] = value
+    model.load_state_dict(weights)
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    return state["step"], state["extra"]
+
+
+def fingerprint(config: Mapping[str, Any]) -> str:
+    """A hash of a JSON-able configuration; the order of its keys does not count."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def differences(saved: Mapping[str, Any], current: Mapping[str, Any], allowed: Collection[str] = ()) -> list[str]:
+    """What differs between two configurations, a line each: "batch_size: 512 in the checkpoint, 256 now".
+
+    Keys of nested tables are joined by dots. What stands in `allowed`, a key or a whole table, may differ.
+    """
+
+    def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+        leaves: dict[str, str] = {}
+        for key, value in tree.items():
+            if isinstance(value, Mapping) and value:
+                leaves |= flat(value, f"{prefix}{key}.")
+            else:
+                leaves[prefix + key] = json.dumps(value)
+        return leaves
+
+    before, now = flat(saved), flat(current)
+    return [
+        f"{key}: {before.get(key, 'nothing')} in the checkpoint, {now.get(key, 'nothing')} now"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not {key, key.split(".")[0]} & set(allowed)
+    ]
+
+
+def export_encoder(
+    folder: str | Path,
+    encoder: Encoder,
+    *,
+    image_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    interpolation: str = "bicubic",
+    crop_pct: float = 0.875,
+    training: Mapping[str, Any],
+) -> Path:
+    """Write `folder/encoder.safetensors`, and `folder/config.json` if timm has the architecture; returns the former.
+
+    encoder       from build_encoder(), unwrapped; stored as contiguous float32 under torchvision's names without fc.
+    image_size    side in px that it was trained at; mean, std, interpolation and crop_pct (the share of the resized
+                  side kept by the centre crop) say how an image is prepared for it.
+    training      recipe, data, scores: JSON that joins these facts and the architecture's in the metadata.
+    torchvision's resnetNN takes the file (strict=False, for fc is missing) and timm the folder ("local-dir:FOLDER").
+    Neither can build another width or the small stem, so those get no config.json, and `loads_in` in the metadata
+    says what takes them. Raises ValueError for weights that are not finite.
+    """
+    folder, name = Path(folder), f"resnet{encoder.depth}"
+    weights = {k: t.float() if t.is_floating_point() else t for k, t in encoder.state_dict().items()}
+    if bad := _first_not_finite(weights):
+        raise ValueError(f"{bad} is not finite: no encoder written")
+    loads_in = f"torchvision and timm {name}"
+    if encoder.width != 1:
+        loads_in = "SwiftCLR's load_encoder: torchvision and timm have no ResNet of this width"
+    elif encoder.stem == "small":
+        loads_in += " once conv1 = Conv2d(3, 64, 3, 1, 1, bias=False) and maxpool = Identity()"
+    view = dict(mean=list(mean), std=list(std), interpolation=interpolation, crop_pct=crop_pct)
+    shape = dict(depth=encoder.depth, width=encoder.width, stem=encoder.stem, num_features=encoder.num_features)
+    facts = {
+        "format": FORMAT,
+        **shape,
+        "image_size": image_size,
+        **view,
+        "loads_in": loads_in,
+        "training": dict(training),
+    }
+    timm = {
+        "architecture": name,
+        "num_classes": 0,
+        "num_features": encoder.num_features,
+        "global_pool": "avg",
+        "pretrained_cfg": {
+            **{"tag": "simclr", "custom_load": False, "fixed_input_size": False, "crop_mode": "center", **view},
+            **{"input_size": [3, image_size, image_size], "pool_size": [math.ceil(image_size / 32)] * 2},
+            **{"num_classes": 0, "first_conv": "conv1", "classifier": "fc"},
+        },
+    }
+    with _staged(folder, "encoder") as partial:
+        _write_tensors(partial / "encoder.safetensors", weights, {METADATA_KEY: json.dumps(facts, sort_keys=True)})
+        if encoder.width == 1 and encoder.stem == "standard":
+            _write_json(partial / "config.json", timm)
+            os.replace(partial / "config.json", folder / "config.json")
+        os.replace(partial / "encoder.safetensors", folder / "encoder.safetensors")
+    return folder / "encoder.safetensors"
+
+
+def load_encoder(path: str | Path) -> Encoder:
+    """The encoder of a file, or of a folder holding encoder.safetensors, on the CPU and in evaluation mode.
+
+    Architecture from our metadata; a ResNet file without them, under torchvision's names, is known by its shapes, and
+    its fc is left out. Raises ValueError saying what is wrong with the file, also with one made to harm: no encoder is
+    allocated before the header is known to be small and every key, shape and type to be the architecture's.
+    """
+    path = Path(path)
+    path = path / "encoder.safetensors" if path.is_dir() else path
+    facts = read_metadata(path) or _facts_from_shapes(path)
+    try:
+        with torch.device("meta"):
+            encoder = build_encoder(facts["depth"], width=facts["width"], stem=facts["stem"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its metadata describe no encoder: {error!r}") from error
+    weights = _read_tensors(path, encoder.state_dict(), ignored={"fc.weight", "fc.bias"})
+    if bad := _first_not_finite(weights):
+        raise ValueError(f"{path}: {bad} is not finite")
+    encoder.to_empty(device="cpu").load_state_dict(weights)
+    return encoder.eval()
+
+
+def read_metadata(path: str | Path) -> dict[str, Any] | None:
+    """What export_encoder wrote into a file: architecture, preprocessing, training. None if it is not ours."""
+    with _open(Path(path)) as file:
+        text = (file.metadata() or {}).get(METADATA_KEY)
+    if text is None:
+        return None
+    try:
+        facts = json.loads(text)
+        if facts["format"] != FORMAT:
+            raise ValueError(f"format {facts['format']!r}, expected {FORMAT}")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{path}: its metadata {METADATA_KEY!r} are not ours: {error!r}") from error
+    return facts
+
+
+def _facts_from_shapes(path: Path) -> dict[str, Any]:
+    with _open(path) as file:
+        keys = set(file.keys())
+        conv1 = file.get_slice("conv1.weight").get_shape() if "conv1.weight" in keys else []
+    layers = tuple(len({k.split(".")[1] for k in keys if k.startswith(f"layer{i}.")}) for i in (1, 2, 3, 4))
+    bottleneck = "layer1.0.conv3.weight" in keys
+    depths = [depth for depth, blocks in LAYERS.items() if blocks == layers and (depth >= 50) == bottleneck]
+    if not depths or len(conv1) != 4:
+        raise ValueError(f"{path} is no ResNet under torchvision's names: blocks {layers}, conv1 {conv1}")
+    return {"depth": depths[0], "width": conv1[0] / 64, "stem": "small" if conv1[2] == 3 else "standard"}
+
+
+def _published(folder: Path) -> list[tuple[int, Path]]:
+    steps = [(re.fullmatch(r"step-(\d+)", p.name), p) for p in folder.glob("step-*")]
+    return sorted((int(match[1]), p) for match, p in steps if match)
+
+
+def _names(model: nn.Module, optimizer: Optimizer) -> dict[Tensor, str]:
+    names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
+    foreign = [tuple(p.shape) for group in optimizer.param_groups for p in group["params"] if p not in names]
+    if foreign:
+        raise ValueError(f"the optimizer holds parameters that are not the model's, of shapes {foreign[:3]}")
+    return names
+
+
+def _groups(optimizer: Optimizer, names: Mapping[Tensor, str]) -> list[list[str]]:
+    return [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+
+
+def _first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    return next((k for k, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()), None)
+
+
+@contextlib.contextmanager
+def _staged(folder: Path, name: str) -> Iterator[Path]:
+    """An empty `folder/.tmp-{name}` to write in, gone afterwards; what killed writers left there goes first."""
+    partial = folder / f".tmp-{name}"
+    for leftover in folder.glob(f".tmp-{name.partition('-')[0]}*"):
+        shutil.rmtree(leftover)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        _flush(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    path.touch()
+    mode = path.stat().st_mode  # what the umask grants; safetensors leaves 0600
+    # copies, contiguous: safetensors refuses channels_last and tensors that share memory (one lr in two groups)
+    plain = {k: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for k, t in tensors.items()}
+    try:
+        save_file(plain, path, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
+    path.chmod(mode)
+    _flush(path)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1))
+    _flush(path)
+
+
+def _flush(path: Path) -> None:
+    """fsync: the bytes of a file, or the names in a folder, are on the disk afterwards."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _open(path: Path) -> Any:
+    """A safetensors file whose header is small enough to parse; the library checks the rest of the format."""
+    with open(path, "rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+    if header_bytes > MAX_HEADER_BYTES:
+        raise ValueError(f"{path} claims a header of {header_bytes} bytes, more than {MAX_HEADER_BYTES}")
+    try:
+        return safe_open(path, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+
+
+def _read_tensors(
+    path: Path, expected: Mapping[str, Tensor] | None = None, ignored: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """All tensors but the ignored; with `expected`, only if keys, shapes and types are exactly those."""
+    with _open(path) as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys() if key not in ignored}  # noqa: SIM118
+    if expected is not None:
+        for key in sorted(tensors.keys() ^ expected.keys()):
+            raise ValueError(f"{path}: key {key!r} is {'unexpected' if key in tensors else 'missing'}")
+        for key, want in expected.items():
+            found = tensors[key]
+            if (found.dtype, found.shape) != (want.dtype, want.shape):
+                raise ValueError(
+                    f"{path}: {key} is {found.dtype} {tuple(found.shape)}, expected {want.dtype} {tuple(want.shape)}"
+                )
+    return tensors

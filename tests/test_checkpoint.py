@@ -1,0 +1,628 @@
+"""A checkpoint is whole or absent, restores bit for bit, and no file is believed; the encoder file loads everywhere."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import struct
+
+import pytest
+import timm
+import torch
+import torchvision
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from model import checkpoint
+from model.checkpoint import (
+    differences,
+    export_encoder,
+    fingerprint,
+    latest,
+    load,
+    load_encoder,
+    read_metadata,
+    save,
+)
+from model.encoder import build_encoder
+from model.lars import LARS, param_groups
+from model.simclr import ProjectionHead, SimCLR
+
+OPTIMIZERS = {
+    "LARS": lambda groups: LARS(groups, lr=0.3),
+    "LARS, lr tensor": lambda groups: LARS(groups, lr=torch.tensor(0.3)),
+    "SGD": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True),
+    "SGD without momentum": lambda groups: torch.optim.SGD(groups, lr=0.1),
+    "AdamW": lambda groups: torch.optim.AdamW(groups, lr=1e-2, betas=(0.8, 0.95)),
+}
+IMAGE = {"image_size": 64, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4], "interpolation": "bilinear"}
+
+
+def build(kind="LARS", seed=0):
+    torch.manual_seed(seed)
+    encoder = build_encoder(18, width=1 / 16, stem="small")
+    model = SimCLR(encoder, ProjectionHead(encoder.num_features, out_features=8)).to(memory_format=torch.channels_last)
+    return model, OPTIMIZERS[kind](param_groups(model, 1e-4))
+
+
+def train(model, optimizer, steps):
+    for step in steps:
+        views = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(step))
+        z = nn.functional.normalize(model(views.to(memory_format=torch.channels_last)), dim=1)
+        optimizer.zero_grad()
+        (z[:4] * z[4:]).sum().neg().backward()
+        optimizer.step()
+
+
+def assert_same_training_state(a, b):
+    """Weights, buffers, optimizer tensors and groups of two (model, optimizer) pairs are bitwise equal."""
+    for (key, x), y in zip(a[0].state_dict().items(), b[0].state_dict().values(), strict=True):
+        assert torch.equal(x, y), key
+    x, y = a[1].state_dict(), b[1].state_dict()
+    assert x["param_groups"] == y["param_groups"]
+    assert x["state"].keys() == y["state"].keys()
+    for i, entries in x["state"].items():
+        assert entries.keys() == y["state"][i].keys()
+        for key, value in entries.items():
+            other = y["state"][i][key]
+            assert type(value) is type(other)
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(value, other), (i, key)
+                assert value.dtype == other.dtype, (i, key)
+                for form in (torch.contiguous_format, torch.channels_last)[: 1 + (value.ndim == 4)]:
+                    assert value.is_contiguous(memory_format=form) == other.is_contiguous(memory_format=form), (i, key)
+            else:
+                assert value == other, (i, key)
+
+
+@pytest.mark.parametrize("kind", list(OPTIMIZERS))
+def test_a_restored_run_continues_bitwise(tmp_path, kind):
+    """Three steps, save, three more; a fresh model and optimizer that load the file take the same three steps."""
+    run = build(kind)
+    train(*run, range(3))
+    path = save(tmp_path, 3, model=run[0], optimizer=run[1], extra={"position": [1, 2], "note": "é"})
+    assert path == tmp_path / "step-0000003" == latest(tmp_path)
+    other = build(kind, seed=1)
+    other[1].param_groups[0]["lr"] = 99.0  # belongs to the checkpoint, so it comes back
+    assert load(path, model=other[0], optimizer=other[1]) == (3, {"position": [1, 2], "note": "é"})
+    assert_same_training_state(run, other)
+    conv = other[0].encoder.layer1[0].conv1.weight
+    assert conv.is_contiguous(memory_format=torch.channels_last)
+    train(*run, range(3, 6))
+    train(*other, range(3, 6))
+    assert_same_training_state(run, other)
+
+
+def test_an_optimizer_before_its_first_step_is_restored_too(tmp_path):
+    """No momentum yet; the run started from the checkpoint equals the run that went on."""
+    run, other = build(), build(seed=1)
+    load(save(tmp_path, 0, model=run[0], optimizer=run[1], extra={}), model=other[0], optimizer=other[1])
+    train(*run, range(2))
+    train(*other, range(2))
+    assert_same_training_state(run, other)
+
+
+def test_the_newest_are_kept_and_nothing_else_is_touched(tmp_path):
+    """keep=2 of steps 5, 40, 300, 12345678; strangers in the folder stay; the order is the number's, not the name's."""
+    model, optimizer = build()
+    (tmp_path / "step-notes").mkdir()
+    (tmp_path / "metrics.jsonl").touch()
+    for step in (5, 40, 300, 12345678):
+        save(tmp_path, step, model=model, optimizer=optimizer, extra={}, keep=2)
+    assert latest(tmp_path).name == "step-12345678"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "metrics.jsonl",
+        "step-0000300",
+        "step-12345678",
+        "step-notes",
+    ]
+
+
+def test_going_back_to_an_earlier_step_keeps_what_it_saves(tmp_path):
+    """With 10, 20 and 30 there and keep=1, a run resumed from 10 finds its step 15 where save said it is."""
+    model, optimizer = build()
+    for step in (10, 20, 30):
+        save(tmp_path, step, model=model, optimizer=optimizer, extra={})
+    assert save(tmp_path, 15, model=model, optimizer=optimizer, extra={}, keep=1).is_dir()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-0000015", "step-0000030"]
+    with pytest.raises(ValueError, match="keep must be at least 1"):
+        save(tmp_path, 16, model=model, optimizer=optimizer, extra={}, keep=0)
+
+
+def test_no_checkpoint_yet(tmp_path):
+    """Neither a missing nor an empty folder has a latest; a step is saved once."""
+    assert latest(tmp_path / "missing") is None
+    assert latest(tmp_path) is None
+    model, optimizer = build()
+    save(tmp_path, 1, model=model, optimizer=optimizer, extra={})
+    with pytest.raises(FileExistsError, match="step-0000001"):
+        save(tmp_path, 1, model=model, optimizer=optimizer, extra={})
+
+
+# ------------------------------------------------------------------------------------------------------------ faults
+
+CALLS = [(os, "fsync"), (os, "rename"), (os, "replace"), (shutil, "rmtree"), (checkpoint, "save_file")]
+
+
+def patch_calls(monkeypatch, action):
+    """`action(call)` stands before and after each call through which writing reaches the disk."""
+    for module, name in CALLS:
+        real = getattr(module, name)
+
+        def patched(*args, _real=real, _name=name, **kwargs):
+            action(f"before {_name}")
+            result = _real(*args, **kwargs)
+            action(f"after {_name}")
+            return result
+
+        monkeypatch.setattr(module, name, patched)
+
+
+def in_child(function):
+    """Run in a forked process (threads of torch do not follow, so tensors must be small); returns its wait status."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            function()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitpid(pid, 0)[1]
+
+
+def tiny(value):
+    model = nn.Linear(8, 8)
+    nn.init.constant_(model.weight, value)
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def killed_at(monkeypatch, point, function, *args, **kwargs):
+    """Run `function` in a child that gets SIGKILL at the point-th fault point; False if it ended before."""
+    with monkeypatch.context() as patch:
+        count = 0
+
+        def action(_call):
+            nonlocal count
+            count += 1
+            if count == point:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        patch_calls(patch, action)
+        status = in_child(lambda: function(*args, **kwargs))
+    if os.WIFSIGNALED(status):
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        return True
+    assert os.waitstatus_to_exitcode(status) == 0
+    return False
+
+
+def test_kill_anywhere_in_a_save_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
+    """SIGKILL before and after every fsync, rename, write and removal: the old or the new checkpoint is whole."""
+    old, new = tiny(1.0), tiny(2.0)
+    seen = []
+    for point in range(1, 1000):
+        folder = tmp_path / str(point)
+        save(folder, 1, model=old[0], optimizer=old[1], extra={"step": 1}, keep=1)
+        killed = killed_at(
+            monkeypatch, point, save, folder, 2, model=new[0], optimizer=new[1], extra={"step": 2}, keep=1
+        )
+        restored = tiny(0.0)
+        step, extra = load(latest(folder), model=restored[0], optimizer=restored[1])
+        assert extra == {"step": step}
+        assert torch.equal(restored[0].weight, torch.full((8, 8), float(step)))
+        seen.append(step)
+        save(folder, 3, model=new[0], optimizer=new[1], extra={}, keep=1)
+        assert [p.name for p in folder.iterdir()] == ["step-0000003"], "leftovers are cleaned by the next save"
+        if not killed:
+            break
+    assert seen == sorted(seen), "once published, the new checkpoint stays"
+    assert seen.count(1) > 10
+    assert seen.count(2) > 3
+
+
+def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """A power cut must not leave a name without its bytes: flush files and folder, rename, flush the parent."""
+    order = []
+    real_fsync, real_rename = os.fsync, os.rename
+
+    def fsync(descriptor):
+        order.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        real_fsync(descriptor)
+
+    def rename(old, new):
+        order.append(f"rename to {new.name}")
+        real_rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
+    model, optimizer = tiny(1.0)
+    folder = tmp_path / "checkpoints"
+    save(folder, 1, model=model, optimizer=optimizer, extra={})
+    files = ["model.safetensors", "optimizer.safetensors", "state.json"]
+    assert order == [*files, ".tmp-step-0000001", "rename to step-0000001", "checkpoints"]
+    save(folder, 2, model=model, optimizer=optimizer, extra={}, keep=1)
+    assert order.index("rename to .tmp-step-0000001") > order.index("rename to step-0000002") + 1, "prune comes last"
+
+
+def test_kill_anywhere_in_an_export_leaves_a_whole_encoder(tmp_path, monkeypatch):
+    """The old or the new file, never a part; the next export cleans up."""
+    old, new = build_encoder(18, width=1 / 64), build_encoder(18, width=1 / 64)
+    seen = []
+    for point in range(1, 1000):
+        folder = tmp_path / str(point)
+        export_encoder(folder, old, **IMAGE, training={"run": "old"})
+        killed = killed_at(monkeypatch, point, export_encoder, folder, new, **IMAGE, training={"run": "new"})
+        run = read_metadata(folder / "encoder.safetensors")["training"]["run"]
+        expected = {"old": old, "new": new}[run]
+        assert torch.equal(load_encoder(folder).conv1.weight, expected.conv1.weight)
+        seen.append(run)
+        export_encoder(folder, new, **IMAGE, training={})
+        assert [p.name for p in folder.iterdir()] == ["encoder.safetensors"]
+        if not killed:
+            break
+    assert seen == sorted(seen, reverse=True)
+    assert set(seen) == {"old", "new"}
+
+
+def test_disk_full_leaves_the_old_checkpoint_and_no_part(tmp_path):
+    """A file-size limit between state.json's and the weights' size: OSError, nothing published, nothing left."""
+    model, optimizer = tiny(1.0)
+    save(tmp_path, 1, model=model, optimizer=optimizer, extra={})
+    big = nn.Linear(100, 100)
+
+    def save_on_a_full_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        with pytest.raises(OSError, match="model.safetensors"):
+            save(tmp_path, 2, model=big, optimizer=torch.optim.SGD(big.parameters(), lr=0.1), extra={})
+
+    assert os.waitstatus_to_exitcode(in_child(save_on_a_full_disk)) == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["step-0000001"]
+    load(latest(tmp_path), model=model, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("where", ["weight", "momentum", "running variance"])
+def test_what_is_not_finite_is_not_saved(tmp_path, where):
+    """One NaN or infinity anywhere: an error that names it, no new checkpoint, the old one kept."""
+    model, optimizer = build("SGD")
+    train(model, optimizer, range(2))
+    save(tmp_path, 2, model=model, optimizer=optimizer, extra={})
+    param = model.encoder.conv1.weight
+    with torch.no_grad():
+        if where == "weight":
+            param[0, 0, 0, 0] = float("nan")
+        elif where == "momentum":
+            optimizer.state[param]["momentum_buffer"][0] = float("inf")
+        else:
+            model.encoder.bn1.running_var[0] = float("inf")
+    name = "encoder.bn1.running_var" if where == "running variance" else "encoder.conv1.weight"
+    with pytest.raises(ValueError, match=name):
+        save(tmp_path, 3, model=model, optimizer=optimizer, extra={})
+    assert [p.name for p in tmp_path.iterdir()] == ["step-0000002"]
+
+
+def test_a_checkpoint_of_something_else_is_refused_untouched(tmp_path):
+    """Other shapes, other keys, another optimizer, other groups: the message names both sides, nothing is changed."""
+    model, optimizer = build()
+    train(model, optimizer, range(1))
+    path = save(tmp_path, 1, model=model, optimizer=optimizer, extra={})
+
+    def refused(other, other_optimizer, *words):
+        before = {k: v.clone() for k, v in other.state_dict().items()}
+        with pytest.raises(ValueError) as error:  # noqa: PT011
+            load(path, model=other, optimizer=other_optimizer)
+        assert all(word in str(error.value) for word in words), error.value
+        assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
+        assert not other_optimizer.state
+
+    encoder = build_encoder(18, width=1 / 32, stem="small")
+    wide = SimCLR(encoder, ProjectionHead(encoder.num_features, out_features=8))
+    refused(wide, LARS(param_groups(wide, 1e-4), 0.1), "encoder.conv1.weight", "(4, 3, 3, 3)", "(2, 3, 3, 3)")
+    headless = SimCLR(build()[0].encoder, nn.Identity())
+    refused(headless, LARS(param_groups(headless, 1e-4), 0.1), "head.0.weight", "unexpected")
+    double = build()[0].double()
+    refused(double, LARS(param_groups(double, 1e-4), 0.1), "float32", "float64")
+    other = build(seed=1)[0]
+    refused(other, torch.optim.SGD(param_groups(other, 1e-4), 0.1), "LARS in the checkpoint, SGD now")
+    refused(other, LARS(other.parameters(), 0.1), "groups", "encoder.bn1.bias")
+
+
+def test_damage_is_found_before_anything_is_loaded(tmp_path):
+    """A flipped bit, a lost tail, another format version, a missing file."""
+    model, optimizer = build("SGD")
+    train(model, optimizer, range(1))
+    path = save(tmp_path, 1, model=model, optimizer=optimizer, extra={})
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        data = (path / name).read_bytes()
+        flipped = bytearray(data)
+        flipped[-3] ^= 4
+        for damaged in (bytes(flipped), data[:-1], b""):
+            (path / name).write_bytes(damaged)
+            with pytest.raises(ValueError, match=f"{name} is damaged"):
+                load(path, model=model, optimizer=optimizer)
+        (path / name).write_bytes(data)
+    load(path, model=model, optimizer=optimizer)
+    state = (path / "state.json").read_text()
+    (path / "state.json").write_text(state.replace('"format": 1', '"format": 7'))
+    with pytest.raises(ValueError, match="format 7, expected 1"):
+        load(path, model=model, optimizer=optimizer)
+    (path / "state.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"state\.json"):
+        load(path, model=model, optimizer=optimizer)
+
+
+def test_foreign_parameters_are_refused_at_save(tmp_path):
+    """An optimizer of another model would be saved under names that do not exist."""
+    with pytest.raises(ValueError, match="not the model's"):
+        save(tmp_path, 1, model=nn.Linear(2, 2), optimizer=tiny(1.0)[1], extra={})
+
+
+def test_differences_name_key_and_both_values():
+    """Nested keys, absent keys and tuples; allowed keys and tables may differ; a fingerprint ignores order only."""
+    saved = {
+        "batch_size": 512,
+        "views": {"size": 32, "preset": "cifar"},
+        "steps": 10,
+        "log": {"every": 1},
+        "crop": [1, 2],
+    }
+    current = {"batch_size": 256, "views": {"size": 32}, "steps": 20, "log": {"every": 5}, "crop": (1, 2), "new": True}
+    assert differences(saved, current, {"steps", "log"}) == [
+        "batch_size: 512 in the checkpoint, 256 now",
+        "new: nothing in the checkpoint, true now",
+        'views.preset: "cifar" in the checkpoint, nothing now',
+    ]
+    assert differences(saved, saved) == []
+    assert differences(saved, current, {"batch_size", "views.preset", "steps", "log.every", "new"}) == []
+    assert fingerprint({"a": 1, "b": (2,)}) == fingerprint({"b": [2], "a": 1})
+    assert fingerprint({"a": 1}) != fingerprint({"a": 2})
+
+
+# --------------------------------------------------------------------------------------------------- the encoder file
+
+
+def trained(depth=18, **kwargs):
+    """An encoder whose every weight and statistic is away from its initial value."""
+    torch.manual_seed(0)
+    encoder = build_encoder(depth, **kwargs)
+    for tensor in encoder.state_dict().values():
+        if tensor.ndim == 1:
+            tensor.copy_(0.5 + torch.rand(tensor.shape))
+    return encoder.to(memory_format=torch.channels_last).eval()
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A ResNet-18, its folder, images, and the features it must give."""
+    encoder, folder = trained(), tmp_path_factory.mktemp("run")
+    export_encoder(folder, encoder, **IMAGE, training={"recipe": "cifar10", "knn": 0.8})
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        return folder, images, encoder(images)
+
+
+def assert_same_features(model, images, features):
+    """float32 rounding apart: the file is contiguous, the encoder was channels_last, and their kernels differ."""
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(images), features, rtol=1e-4, atol=1e-5)
+
+
+def test_torchvision_loads_the_file(exported):
+    """strict=False, and only fc is missing."""
+    folder, images, features = exported
+    model = torchvision.models.resnet18()
+    missing, unexpected = model.load_state_dict(load_file(folder / "encoder.safetensors"), strict=False)
+    assert (missing, unexpected) == (["fc.weight", "fc.bias"], [])
+    model.fc = nn.Identity()
+    assert_same_features(model, images, features)
+
+
+def test_timm_loads_the_file_and_the_folder(exported):
+    """checkpoint_path=, local-dir: with and without a new classifier, and the preprocessing we state."""
+    folder, images, features = exported
+    path = folder / "encoder.safetensors"
+    assert_same_features(timm.create_model("resnet18", num_classes=0, checkpoint_path=path), images, features)
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    assert_same_features(model, images, features)
+    config = timm.data.resolve_model_data_config(model)
+    assert tuple(config["input_size"]) == (3, 64, 64)
+    assert (config["mean"], config["std"], config["interpolation"]) == (IMAGE["mean"], IMAGE["std"], "bilinear")
+    assert config["crop_pct"] == 0.875
+    classifier = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=10)
+    assert classifier(images).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        {"depth": 18},
+        {"depth": 18, "stem": "small"},
+        {"depth": 34, "width": 0.25},
+        {"depth": 50, "width": 0.125, "stem": "small"},
+    ],
+)
+@pytest.mark.parametrize("ours", [True, False])
+def test_load_encoder_rebuilds_every_architecture(tmp_path, architecture, ours):
+    """From our metadata, and from the shapes alone where there are none."""
+    encoder = trained(**architecture)
+    path = export_encoder(tmp_path, encoder, **IMAGE, training={})
+    if not ours:
+        save_file(load_file(path), path := tmp_path / "plain.safetensors")
+    loaded = load_encoder(path)
+    assert not loaded.training
+    for attribute in ("depth", "width", "stem", "num_features"):
+        assert getattr(loaded, attribute) == getattr(encoder, attribute)
+    for (key, a), b in zip(loaded.state_dict().items(), encoder.state_dict().values(), strict=True):
+        assert torch.equal(a, b), key
+    assert all(p.requires_grad and p.device.type == "cpu" for p in loaded.parameters())
+    standard = architecture == {"depth": 18}
+    assert (tmp_path / "config.json").exists() == standard, "a config.json is a promise that timm can load the folder"
+
+
+def test_load_encoder_takes_torchvisions_own_file(tmp_path):
+    """With its fc, which is left out."""
+    theirs = torchvision.models.resnet18()
+    save_file(theirs.state_dict(), tmp_path / "resnet18.safetensors")
+    theirs.fc = nn.Identity()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert_same_features(load_encoder(tmp_path / "resnet18.safetensors"), images, theirs.eval()(images))
+
+
+@pytest.mark.parametrize("library", ["torchvision", "timm"])
+def test_the_small_stem_loads_as_its_metadata_say(tmp_path, library):
+    """`loads_in` names two replacements; after them both libraries give the encoder's features."""
+    encoder = trained(stem="small")
+    path = export_encoder(tmp_path, encoder, **IMAGE, training={})
+    assert "conv1 = Conv2d(3, 64, 3, 1, 1, bias=False) and maxpool = Identity()" in read_metadata(path)["loads_in"]
+    model = torchvision.models.resnet18() if library == "torchvision" else timm.create_model("resnet18", num_classes=0)
+    model.conv1, model.maxpool, model.fc = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity(), nn.Identity()
+    model.load_state_dict(load_file(path))
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert_same_features(model, images, encoder(images))
+
+
+def test_export_is_plain_repeatable_and_honours_the_umask(tmp_path):
+    """One metadata key of sorted JSON, so equal encoders give equal bytes; mode 0666 less the umask; float32."""
+    encoder = trained(width=1 / 64).to(torch.bfloat16)
+    training = {"z": 1, "a": {"é": [1, None]}}
+    first = export_encoder(tmp_path / "a", encoder, **IMAGE, training=training)
+    before = os.umask(0o027)
+    try:
+        second = export_encoder(tmp_path / "b", encoder, **IMAGE, training=dict(reversed(training.items())))
+    finally:
+        os.umask(before)
+    assert first.read_bytes() == second.read_bytes()
+    assert second.stat().st_mode & 0o777 == 0o640
+    facts = read_metadata(first)
+    assert facts["training"] == training
+    assert facts["mean"] == IMAGE["mean"]
+    assert (facts["depth"], facts["width"], facts["stem"], facts["num_features"]) == (18, 1 / 64, "standard", 8)
+    assert {t.dtype for t in load_file(first).values()} == {torch.float32, torch.int64}
+
+
+def test_an_encoder_with_nan_is_not_exported(tmp_path):
+    """The error names the tensor, and the encoder exported before stays."""
+    encoder = build_encoder(18, width=1 / 64)
+    path = export_encoder(tmp_path, encoder, **IMAGE, training={})
+    before = path.read_bytes()
+    nn.init.constant_(encoder.layer2[0].conv1.weight, float("nan"))
+    with pytest.raises(ValueError, match=r"layer2\.0\.conv1\.weight"):
+        export_encoder(tmp_path, encoder, **IMAGE, training={})
+    assert path.read_bytes() == before
+
+
+# ------------------------------------------------------------------------------------------------------ hostile files
+
+
+def split(data):
+    size = struct.unpack("<Q", data[:8])[0]
+    return json.loads(data[8 : 8 + size]), data[8 + size :]
+
+
+def joined(header, body):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + body
+
+
+def edited(data, key="conv1.weight", **changes):
+    header, body = split(data)
+    header[key] = header[key] | changes
+    return joined(header, body)
+
+
+def with_metadata(data, text):
+    header, body = split(data)
+    return joined(header | {"__metadata__": {"swiftclr": text}}, body)
+
+
+def renamed(data, old, new):
+    header, body = split(data)
+    return joined({new if key == old else key: value for key, value in header.items()}, body)
+
+
+def facts_of(data, **changes):
+    return with_metadata(data, json.dumps(json.loads(split(data)[0]["__metadata__"]["swiftclr"]) | changes))
+
+
+def doubled(data):
+    header, body = split(data)
+    entry = json.dumps(header["conv1.weight"])
+    return joined(b'{"evil":' + entry.encode() + b"," + json.dumps(header).encode()[1:], body)
+
+
+def with_hole(data):
+    header, body = split(data)
+    last = max((k for k in header if k != "__metadata__"), key=lambda k: header[k]["data_offsets"][1])
+    header[last]["data_offsets"] = [offset + 8 for offset in header[last]["data_offsets"]]
+    return joined(header, body + bytes(8))
+
+
+def many_empty(data):
+    header, body = split(data)
+    end = len(body)
+    extra = {f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [end, end]} for i in range(100_000)}
+    return joined(header | extra, body)
+
+
+def poisoned(data):
+    header, body = split(data)
+    start = header["conv1.weight"]["data_offsets"][0]
+    return joined(header, body[:start] + struct.pack("<f", float("nan")) + body[start + 4 :])
+
+
+HOSTILE = {
+    "empty": (lambda _: b"", "not a safetensors file"),
+    "seven bytes": (lambda d: d[:7], "safetensors file|header"),
+    "a header of 2^63 bytes": (lambda d: struct.pack("<Q", 2**63) + d[8:], "header of 9223372036854775808 bytes"),
+    "a header of a gigabyte": (lambda d: struct.pack("<Q", 10**9) + d[8:], "header of 1000000000 bytes"),
+    "truncated": (lambda d: d[:-1], "not a safetensors file"),
+    "bytes at the end": (lambda d: d + b"x", "not a safetensors file"),
+    "overlap": (lambda d: edited(d, data_offsets=[0, 108]), "not a safetensors file"),
+    "hole": (with_hole, "not a safetensors file"),
+    "shape overflow": (lambda d: edited(d, shape=[2**62, 2**62, 7, 7]), "not a safetensors file"),
+    "negative shape": (lambda d: edited(d, shape=[-1, 3, 7, 7]), "not a safetensors file"),
+    "unknown type": (lambda d: edited(d, dtype="F31"), "not a safetensors file"),
+    "deep JSON": (lambda _: joined(b'{"a":' * 100_000 + b"1" + b"}" * 100_000, b""), "not a safetensors file"),
+    "fifty megabytes of metadata": (lambda d: with_metadata(d, "x" * 50_000_000), "header of"),
+    "100,000 empty tensors": (many_empty, "header of"),
+    "a key too many": (doubled, "evil|not a safetensors file"),
+    "a key like a path": (lambda d: renamed(d, "conv1.weight", "../../conv1.weight"), "conv1.weight"),
+    "a key missing": (lambda d: renamed(d, "bn1.bias", "bn1.beta"), "bn1.beta' is unexpected"),
+    "another type": (lambda d: edited(d, dtype="I32"), "conv1.weight is torch.int32"),
+    "another shape": (lambda d: edited(d, shape=[3, 1, 7, 7]), r"conv1.weight is torch.float32 \(3, 1, 7, 7\)"),
+    "NaN": (poisoned, "conv1.weight is not finite"),
+    "metadata that are no JSON": (lambda d: with_metadata(d, "{"), "metadata"),
+    "metadata that are deep JSON": (lambda d: with_metadata(d, "[" * 100_000), "metadata"),
+    "metadata that are a number": (lambda d: with_metadata(d, "7"), "metadata"),
+    "metadata of the future": (lambda d: facts_of(d, format=2), "format 2"),
+    "a depth that is none": (lambda d: facts_of(d, depth=10**9), "depth"),
+    "a depth that is a list": (lambda d: facts_of(d, depth=[18]), "metadata"),
+    "a gigantic width": (lambda d: facts_of(d, width=1e9), "width"),
+    "a width that is text": (lambda d: facts_of(d, width="1"), "metadata"),
+    "the wrong width": (lambda d: facts_of(d, width=4), "expected torch.float32"),
+    "a pickle": (lambda _: b"\x80\x04cos\nsystem\n(S'touch hacked'\ntR.", "header of|safetensors"),
+}
+
+
+@pytest.mark.parametrize("case", list(HOSTILE))
+def test_hostile_and_foreign_files_are_refused(tmp_path, case, monkeypatch):
+    """One ValueError that names the file and the trouble; nothing runs, nothing large is allocated."""
+    monkeypatch.chdir(tmp_path)
+    path = export_encoder(tmp_path, build_encoder(18, width=1 / 64), **IMAGE, training={})
+    change, message = HOSTILE[case]
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ValueError, match=message) as error:
+        load_encoder(path)
+    assert "encoder.safetensors" in str(error.value)
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_a_file_that_is_no_resnet_is_refused(tmp_path):
+    """Plain safetensors of another network: what was looked for and what was there."""
+    save_file({"weight": torch.zeros(3)}, tmp_path / "linear.safetensors")
+    with pytest.raises(ValueError, match="no ResNet under torchvision's names"):
+        load_encoder(tmp_path / "linear.safetensors")
+    with pytest.raises(FileNotFoundError, match="missing"):
+        load_encoder(tmp_path / "missing.safetensors")
