@@ -12,7 +12,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -46,8 +46,10 @@ def folder(
     name: Annotated[str | None, typer.Option(help="First part of the shards' names. [default: that of SOURCE]")] = None,
 ) -> None:
     """Shards from a folder: labels from class folders, sorted as torchvision's ImageFolder does, or no labels."""
-    with _one_message():
-        from pipeline.shards import DatasetError
+    from tools import one_message
+
+    with one_message("make_shards"):
+        from pipeline.shards import DatasetError, write_shards
 
         try:
             samples, classes = scan(source)
@@ -55,7 +57,19 @@ def folder(
             raise DatasetError(f"cannot read {source}: {error}") from error
         typer.echo(f"{source}: {len(samples)} images, " + (f"{len(classes)} classes" if classes else "no labels"))
         name = name or "".join(c if c.isascii() and c.isalnum() else "-" for c in source.resolve().name) or "shards"
-        dataset = _write(samples, out, classes, name, shard_size, seed, workers, verify, root=source)
+        with _progress(name) as progress:
+            dataset = write_shards(
+                samples,
+                out,
+                classes=classes,
+                root=source,
+                name=name,
+                shard_size=shard_size,
+                seed=seed,
+                workers=workers or _cores(),
+                verify=verify,
+                progress=progress,
+            )
         _report(dataset)
 
 
@@ -64,46 +78,22 @@ def demo(
     out: Out, shard_size: ShardSize = None, seed: Seed = 0, workers: Workers = None, verify: Verify = True
 ) -> None:
     """Shards of the built-in demo data, in OUT/train and OUT/test; needs no download."""
-    with _one_message():
-        from pipeline.demo import CLASSES, splits
-        from pipeline.shards import Sample, publish, read_dataset
+    from tools import one_message
 
-        names = []
-        with publish(out) as folder:
-            for name, images in splits():
-                samples = [Sample(f"{name}-{i}", label, png) for i, (png, label) in enumerate(images)]
-                _write(samples, folder / name, CLASSES, name, shard_size, seed, workers, verify)
-                names.append(name)
-        for name in names:
+    with one_message("make_shards"):
+        from pipeline.demo import write_demo
+        from pipeline.shards import read_dataset
+
+        with _progress("demo") as progress:
+            write_demo(
+                out, shard_size=shard_size, seed=seed, workers=workers or _cores(), verify=verify, progress=progress
+            )
+        for name in ("train", "test"):
             _report(read_dataset(out / name))
 
 
-def _write(
-    samples: "Sequence[Sample]",
-    out: Path,
-    classes: Sequence[str] | None,
-    name: str,
-    shard_size: int | None,
-    seed: int,
-    workers: int | None,
-    verify: bool,
-    root: Path = Path(),
-) -> "Dataset":
-    from pipeline.shards import write_shards
-
-    with _progress(name) as progress:
-        return write_shards(
-            samples,
-            out,
-            classes=classes,
-            root=root,
-            name=name,
-            shard_size=shard_size,
-            seed=seed,
-            workers=workers or len(os.sched_getaffinity(0)),
-            verify=verify,
-            progress=progress,
-        )
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
 
 
 def scan(source: Path) -> "tuple[list[Sample], list[str] | None]":
@@ -200,23 +190,6 @@ def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
                 typer.echo(f"{title}: {done}/{total} images, {done / (now - start):.0f} images/s", err=True)
 
         yield line
-
-
-@contextlib.contextmanager
-def _one_message() -> Iterator[None]:
-    """What the caller can mend ends in one line and exit code 2, what fails on the way in one line and 1."""
-    from concurrent.futures import BrokenExecutor
-
-    from pipeline.shards import DatasetError
-
-    try:
-        yield
-    except DatasetError as error:
-        typer.echo(f"make_shards: {error}", err=True)
-        raise typer.Exit(2) from error
-    except (OSError, BrokenExecutor) as error:
-        typer.echo(f"make_shards: {error}. Nothing was written", err=True)
-        raise typer.Exit(1) from error
 
 
 if __name__ == "__main__":

@@ -1,0 +1,173 @@
+"""The DALI graphs, one definition for CPU and GPU: two augmented views, and the plain view for evaluation.
+
+Samples come from the WebDataset reader, are decoded once, and leave as (n, size, size, 3). All randomness is drawn in
+pipeline/views.py and enters as numbers beside the images, so the graph itself draws nothing; only the reader has a
+state, and DALI checkpoints it. EXIF orientation is ignored, as torchvision and timm do.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from nvidia.dali import fn, math, pipeline_def, types
+from nvidia.dali.data_node import DataNode
+from nvidia.dali.pipeline import Pipeline
+
+from pipeline.views import ATTEMPTS, Draws, ViewConfig
+
+LABEL_DIGITS = 10  # .cls members hold the label as ASCII digits; they leave the graph padded with zeros to this width
+_INTERP = {"linear": types.INTERP_LINEAR, "cubic": types.INTERP_CUBIC}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """What one rank reads: its part of the samples, and how far they are shuffled.
+
+    shuffle is the number of samples in the reader's local buffer; 0 keeps the order of the shards. Shuffling also
+    permutes the order of the shards every epoch.
+    """
+
+    tars: Sequence[str]
+    indexes: Sequence[str]
+    image_ext: str  # "jpg", or alternatives as in "jpg;png"
+    labelled: bool
+    rank: int = 0
+    world_size: int = 1
+    shuffle: int = 0
+    seed: int = 0
+
+
+def _read(reader: Reader) -> tuple[DataNode, DataNode | None]:
+    read: Any = fn.readers.webdataset(
+        name="reader",
+        paths=list(reader.tars),
+        index_paths=list(reader.indexes),
+        ext=[reader.image_ext, "cls"][: 2 if reader.labelled else 1],
+        missing_component_behavior="error",
+        shard_id=reader.rank,
+        num_shards=reader.world_size,
+        pad_last_batch=True,  # every epoch starts with a new batch; the loader drops the padded rest
+        random_shuffle=reader.shuffle > 0,
+        initial_fill=max(reader.shuffle, 1),
+        shuffle_after_epoch=reader.shuffle > 0,
+        seed=reader.seed,
+        dont_use_mmap=True,  # a shard replaced on disk is then an error message instead of SIGBUS
+    )
+    encoded, *labels = read
+    return encoded, fn.pad(labels[0], shape=[LABEL_DIGITS]) if labels else None
+
+
+def _decode(encoded: DataNode, gpu: bool) -> DataNode:
+    return fn.decoders.image(encoded, device="mixed" if gpu else "cpu", output_type=types.RGB, adjust_orientation=False)
+
+
+def _window(encoded: DataNode, draws: Any, config: ViewConfig) -> tuple[DataNode, DataNode]:
+    """Start and end (y, x) of the crop relative to the image: the first candidate that fits, else a central one."""
+    shape = fn.cast(fn.peek_image_shape(encoded, adjust_orientation=False), dtype=types.FLOAT)
+    tall = math.sqrt(shape[0] / shape[1])  # candidates are in units of sqrt(H W): the image is 1 / tall wide, tall high
+    rank = types.Constant(np.arange(ATTEMPTS, 0, -1, dtype=np.float32))
+    score = rank * ((draws.width * tall <= 1.0) & (draws.height <= tall))
+    best = fn.reductions.max(score, axes=0)
+    chosen = (score == best) & (score > 0.0)
+    missed = best == 0.0
+    low, high = config.crop_ratio
+    width = fn.reductions.sum(chosen * draws.width, axes=0) * tall + missed * math.min(high * tall * tall, 1.0)
+    height = fn.reductions.sum(chosen * draws.height, axes=0) / tall + missed * math.min(1.0 / (low * tall * tall), 1.0)
+    extent = fn.stack(height, width)
+    start = (1.0 - extent) * (missed * 0.5 + (best > 0.0) * draws.offset)
+    return start, start + extent
+
+
+def _view(image: DataNode, encoded: DataNode, draws: Any, config: ViewConfig, half: bool) -> DataNode:
+    start, end = _window(encoded, draws, config)
+    view = fn.resize(
+        image,
+        size=[config.size, config.size],
+        roi_start=start,
+        roi_end=end,
+        roi_relative=True,
+        interp_type=_INTERP[config.interpolation],
+    )
+    if config.recolours:
+        mean = fn.reductions.mean(view, axes=[0, 1]).cpu()
+        shift = fn.reductions.sum(draws.mean_colour * mean, axes=1)
+        view = fn.coord_transform(view, M=draws.colour, T=shift, dtype=types.UINT8)
+    if config.blur_p:
+        view = fn.gaussian_blur(view, sigma=draws.sigma, window_size=draws.window)
+    return _normalise(view, config, half, mirror=draws.mirror)
+
+
+def _normalise(image: DataNode, config: ViewConfig, half: bool, mirror: DataNode | int = 0) -> DataNode:
+    return fn.crop_mirror_normalize(
+        image,
+        mirror=mirror,
+        mean=[255 * m for m in config.mean],
+        std=[255 * s for s in config.std],
+        output_layout="HWC",
+        dtype=types.FLOAT16 if half else types.FLOAT,
+    )
+
+
+def two_views(
+    reader: Reader,
+    config: ViewConfig,
+    draw_batch: Callable[[int], tuple[Draws, Draws]],
+    *,
+    batch_size: int,
+    device_id: int | None,
+    num_threads: int,
+    half: bool = False,
+    checkpoint: bytes | None = None,
+) -> Pipeline:
+    """Pipeline of (view, view[, label digits]) for each batch; `draw_batch(i)` gives the numbers of its i-th batch.
+
+    device_id None runs everything on the CPU. half makes the views float16 instead of float32. checkpoint restores the
+    state a pipeline built with the same arguments had given by `Pipeline.checkpoint()`.
+    """
+    unused = ({"colour", "mean_colour"} if not config.recolours else set()) | (
+        {"sigma", "window"} if not config.blur_p else set()
+    )
+    names = [f.name for f in fields(Draws) if f.name not in unused]
+
+    def source(info: types.BatchInfo) -> tuple[Any, ...]:
+        return tuple(getattr(draws, name) for draws in draw_batch(info.iteration) for name in names)
+
+    @pipeline_def(
+        batch_size=batch_size,
+        num_threads=num_threads,
+        device_id=device_id,
+        enable_checkpointing=True,
+        checkpoint=checkpoint,
+    )
+    def graph() -> tuple[DataNode, ...]:
+        encoded, label = _read(reader)
+        nodes = fn.external_source(source, num_outputs=2 * len(names), batch=True, batch_info=True)
+        halves = nodes[: len(names)], nodes[len(names) :]
+        image = _decode(encoded, gpu=device_id is not None)
+        views = [
+            _view(image, encoded, SimpleNamespace(**dict(zip(names, half_, strict=True))), config, half)
+            for half_ in halves
+        ]
+        return (*views, label) if label is not None else tuple(views)
+
+    return graph()
+
+
+def plain_view(
+    reader: Reader, config: ViewConfig, *, batch_size: int, device_id: int | None, num_threads: int, half: bool = False
+) -> Pipeline:
+    """Pipeline of (image[, label digits]) for evaluation: shorter side resized, central `size` square kept."""
+
+    @pipeline_def(batch_size=batch_size, num_threads=num_threads, device_id=device_id)
+    def graph() -> tuple[DataNode, ...]:
+        encoded, label = _read(reader)
+        image = _decode(encoded, gpu=device_id is not None)
+        shorter = round(config.size / config.eval_crop)
+        image = fn.resize(image, resize_shorter=shorter, interp_type=_INTERP[config.interpolation])
+        image = fn.crop(image, crop=[config.size, config.size])
+        image = _normalise(image, config, half)
+        return (image, label) if label is not None else (image,)
+
+    return graph()

@@ -1,0 +1,244 @@
+"""Batches of two views for training, and of plain images for evaluation, for one rank of many.
+
+`build_loader` gives an endless `Loader`: every epoch each rank yields the same number of batches, each sample appears
+at most once, and only the last incomplete global batch is dropped. It knows its position and restores it exactly in
+the middle of an epoch. What an epoch's global batches consist of depends on the number of ranks, because each rank
+reads its own contiguous part of the shards; the augmentation drawn for a position does not.
+
+`build_eval_loader` gives every sample of the data set exactly once, in the order of the shards.
+"""
+
+import base64
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pipeline.shards import Dataset
+from pipeline.views import Draws, ViewConfig, draw
+
+if TYPE_CHECKING:
+    from nvidia.dali.pipeline import Pipeline
+
+SHUFFLE = 2048  # samples in each rank's shuffle buffer; the shards themselves are shuffled when written
+
+
+@dataclass(frozen=True)
+class Batch:
+    """views (2n, 3, S, S) channels_last, view-major: rows i and i + n come from image i; labels (n,) int64 or None.
+
+    position is the place of the global batch's first sample within its epoch.
+    """
+
+    views: Tensor
+    labels: Tensor | None
+    epoch: int
+    position: int
+
+
+class LoaderError(RuntimeError):
+    """A batch could not be made; the message names the rank, the batch and the reader's own complaint."""
+
+
+class Loader:
+    """Endless iterator of `Batch`; see `build_loader`."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        views: ViewConfig,
+        batch_size: int,
+        device: torch.device,
+        rank: int,
+        world_size: int,
+        seed: int,
+        num_threads: int,
+        half: bool,
+        shuffle: int,
+    ) -> None:
+        if batch_size < 1 or batch_size % world_size:
+            raise ValueError(f"batch_size {batch_size} does not divide into {world_size} ranks")
+        per_rank = dataset.samples // world_size
+        self.local_batch_size = batch_size // world_size
+        self.steps_per_epoch = per_rank // self.local_batch_size
+        if not self.steps_per_epoch:
+            raise ValueError(
+                f"{dataset.root} has {dataset.samples} samples, fewer than one batch of {batch_size} over "
+                f"{world_size} rank(s) ({per_rank} per rank, {self.local_batch_size} needed); lower the batch size"
+            )
+        # The reader pads each rank's part to whole batches; what is beyond steps_per_epoch is read and dropped.
+        self._runs_per_epoch = math.ceil(math.ceil(dataset.samples / world_size) / self.local_batch_size)
+        self.dataset, self.views, self.device, self.rank, self.world_size = dataset, views, device, rank, world_size
+        self._batch_size, self._seed, self._num_threads = batch_size, seed, num_threads
+        self._half, self._shuffle = half, shuffle
+        self._pipe: Pipeline | None = None
+        self._runs = 0  # batches the pipeline has given, dropped ones included
+        self.wait_s = 0.0  # seconds spent waiting for batches since it was last set to 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        start = time.perf_counter()
+        if self._pipe is None:
+            self._pipe = self._build(None)
+        if self._runs % self._runs_per_epoch == self.steps_per_epoch:
+            self._skip_to_next_epoch(self._pipe)
+        epoch, step = divmod(self._runs, self._runs_per_epoch)
+        first, second, *label = self._run(self._pipe)
+        views = torch.cat([torch.from_dlpack(first.as_tensor()), torch.from_dlpack(second.as_tensor())])
+        labels = _parse_labels(label[0]) if label else None
+        self.wait_s += time.perf_counter() - start
+        return Batch(views.permute(0, 3, 1, 2), labels, epoch, step * self._batch_size)
+
+    def _skip_to_next_epoch(self, pipe: "Pipeline") -> None:
+        while self._runs % self._runs_per_epoch:
+            self._run(pipe)
+
+    def _run(self, pipe: "Pipeline") -> Any:
+        try:
+            outputs = pipe.run()
+        except RuntimeError as error:
+            raise LoaderError(
+                f"rank {self.rank} could not read batch {self._runs % self._runs_per_epoch} of epoch "
+                f"{self._runs // self._runs_per_epoch} of {self.dataset.root}: an image does not decode or a shard "
+                f"changed on disk. Write the shards again with --verify. The reader said: {error}"
+            ) from error
+        self._runs += 1
+        return outputs
+
+    def _draw(self, run: int) -> tuple[Draws, Draws]:
+        epoch, step = divmod(run, self._runs_per_epoch)
+        position = (step * self.world_size + self.rank) * self.local_batch_size
+        return draw(self.views, seed=self._seed, epoch=epoch, position=position, n=self.local_batch_size)
+
+    def _build(self, checkpoint: bytes | None) -> "Pipeline":
+        from pipeline.graph import two_views
+
+        return two_views(
+            _reader(self.dataset, self.rank, self.world_size, self._shuffle, self._seed),
+            self.views,
+            self._draw,
+            batch_size=self.local_batch_size,
+            device_id=self.device.index or 0 if self.device.type == "cuda" else None,
+            num_threads=self._num_threads,
+            half=self._half,
+            checkpoint=checkpoint,
+        )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a position is only valid for; equal on all ranks."""
+        return {
+            "dataset": self.dataset.fingerprint,
+            "batch_size": self._batch_size,
+            "world_size": self.world_size,
+            "views": asdict(self.views),
+            "seed": self._seed,
+            "shuffle": self._shuffle,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The exact position of this rank, JSON-able; the identity stands beside it."""
+        reader = self._pipe.checkpoint() if self._pipe is not None else None
+        return {
+            "identity": self.identity,
+            "rank": self.rank,
+            "runs": self._runs,
+            "reader": base64.b64encode(reader).decode() if reader is not None else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved position. Raises ValueError naming what differs from when it was saved."""
+        saved, mine = state["identity"] | {"rank": state["rank"]}, self.identity | {"rank": self.rank}
+        saved["views"] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["views"].items()}
+        different = [f"{key}: {saved[key]} saved, {mine[key]} now" for key in mine if saved[key] != mine[key]]
+        if different:
+            raise ValueError("the saved position belongs to another stream of batches; " + "; ".join(different))
+        self._runs = state["runs"]
+        self._pipe = self._build(base64.b64decode(state["reader"])) if state["reader"] is not None else None
+
+
+def build_loader(
+    dataset: Dataset,
+    views: ViewConfig,
+    batch_size: int,
+    device: torch.device,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 0,
+    num_threads: int = 4,
+    half: bool = False,
+    shuffle: int = SHUFFLE,
+) -> Loader:
+    """This rank's endless stream of two-view batches.
+
+    batch_size   images per step over all ranks; a multiple of world_size
+    device       where the views are made and left: JPEGs are decoded and augmented there
+    num_threads  DALI's CPU threads for this rank
+    half         float16 views instead of float32
+    shuffle      samples in this rank's shuffle buffer; 0 reads in the order of the shards
+    Raises ValueError where the data set is smaller than one batch, LoaderError where a batch cannot be read.
+    """
+    return Loader(dataset, views, batch_size, device, rank, world_size, seed, num_threads, half, shuffle)
+
+
+def build_eval_loader(
+    dataset: Dataset,
+    views: ViewConfig,
+    batch_size: int,
+    device: torch.device,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    num_threads: int = 4,
+    samples: int | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(images (n, 3, S, S) channels_last, labels (n,), -1 if none) of this rank's part, each sample once, in order.
+
+    batch_size is per rank; the last batch holds the rest. samples is the most that all ranks together give, None all.
+    """
+    from pipeline.graph import plain_view
+
+    left = dataset.samples * (rank + 1) // world_size - dataset.samples * rank // world_size
+    if samples is not None:
+        left = min(left, -(-samples // world_size))
+    pipe = plain_view(
+        _reader(dataset, rank, world_size, 0, 0),
+        views,
+        batch_size=min(batch_size, max(left, 1)),
+        device_id=device.index or 0 if device.type == "cuda" else None,
+        num_threads=num_threads,
+    )
+    while left > 0:
+        image, *label = pipe.run()
+        images = torch.from_dlpack(image.as_tensor()).clone()[:left]
+        labels = _parse_labels(label[0])[:left] if label else torch.full((len(images),), -1)
+        left -= len(images)
+        yield images.permute(0, 3, 1, 2), labels
+
+
+def _reader(dataset: Dataset, rank: int, world_size: int, shuffle: int, seed: int) -> Any:
+    from pipeline.graph import Reader
+
+    return Reader(
+        tars=dataset.tars,
+        indexes=dataset.indexes,
+        image_ext=";".join(dataset.extensions),
+        labelled=dataset.labelled,
+        rank=rank,
+        world_size=world_size,
+        shuffle=shuffle,
+        seed=seed,
+    )
+
+
+def _parse_labels(digits: Any) -> Tensor:
+    """(n, LABEL_DIGITS) zero-padded ASCII to (n,) int64."""
+    rows = digits.as_array()
+    return torch.from_numpy(rows.view(f"S{rows.shape[1]}").ravel().astype("int64"))

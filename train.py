@@ -1,0 +1,719 @@
+"""Train an encoder with SimCLR: shards in, encoder.safetensors out.
+
+    accelerate launch train.py demo                                   embedded data, no GPU needed, a few minutes
+    accelerate launch train.py cifar10 --data SHARDS --out RUN        one process
+    accelerate launch --multi_gpu --num_processes 8 train.py imagenet --data SHARDS --out RUN
+    accelerate launch train.py cifar10 --data SHARDS --out RUN --resume
+
+A recipe is one complete `TrainConfig`; options change it, a TOML file given with --config stands between the two.
+The run folder holds config.json, metrics.jsonl (one row a step, the same for equal runs), speed.jsonl (wall clock),
+status.json, views.png, checkpoints/ and encoder/ with encoder.safetensors. A run that is killed at any moment goes on
+from its newest checkpoint with --resume, bit for bit on the CPU with an equal number of threads.
+"""
+
+import ctypes
+import functools
+import inspect
+import itertools
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
+
+import typer
+
+from pipeline.views import VIEWS, ViewConfig, make_views, parse_changes
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+    from torch import Tensor, nn
+
+    from pipeline.shards import Dataset
+
+KNN_BANK = 100_000  # samples that vote in the kNN of a running training; shards are shuffled, so the first ones serve
+EVAL_BATCH = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that decides a run. The texts are the command line's help."""
+
+    data: Annotated[str, "Folder of shards to train on; the demo makes its own."] = ""
+    eval_data: Annotated[str, "Folder of labelled shards to query kNN with; `data` is the bank."] = ""
+    views: ViewConfig = field(default_factory=ViewConfig)
+
+    depth: Annotated[int, "ResNet depth: 18, 34, 50, 101 or 152."] = 50
+    width: Annotated[float, "Multiplies every channel: 1, 2 or 4 in the paper."] = 1.0
+    stem: Annotated[
+        Literal["auto", "standard", "small"], "First layers; auto is small (3x3, no pooling) up to 64 px."
+    ] = "auto"
+    head: Annotated[
+        Literal["none", "linear", "nonlinear", "nonlinear3"], "Projection head; the paper's is nonlinear."
+    ] = "nonlinear"
+    projection_dim: Annotated[int, "Columns of z."] = 128
+
+    batch_size: Annotated[int, "Images per step over all processes."] = 4096
+    epochs: Annotated[int, "Passes over the data; decides the learning rate schedule."] = 100
+    steps: Annotated[int, "Train this many steps instead of `epochs`; 0: not."] = 0
+    temperature: Annotated[float, "Temperature of NT-Xent."] = 0.1
+    loss: Annotated[Literal["auto", "triton", "chunked", "reference"], "Implementation of NT-Xent."] = "auto"
+    optimizer: Annotated[Literal["lars", "sgd", "adamw"], "LARS is the paper's."] = "lars"
+    base_lr: Annotated[float, "Learning rate before scaling with the batch."] = 0.3
+    lr_scaling: Annotated[
+        Literal["linear", "sqrt", "none"], "Peak: base_lr x batch_size / 256, x sqrt(batch_size), or as it is."
+    ] = "linear"
+    warmup_epochs: Annotated[float, "Epochs of linear warm-up."] = 10.0
+    momentum: Annotated[float, "Momentum of LARS and SGD."] = 0.9
+    weight_decay: Annotated[float, "Not applied to norms and biases."] = 1e-6
+    precision: Annotated[Literal["bf16", "no"], "Mixed precision of encoder and head."] = "bf16"
+    sync_bn: Annotated[bool, "BatchNorm statistics over all GPUs, as the paper; costs time."] = False
+    seed: Annotated[int, "Of weights, order and views."] = 0
+
+    cpu_threads: Annotated[int, "torch's threads per process on CPUs; 0: its share of the cores."] = 0
+    num_threads: Annotated[int, "DALI's threads per process; 0: its share of the cores."] = 0
+    log_every: Annotated[int, "Steps between log lines."] = 10
+    checkpoint_every: Annotated[int, "Steps between checkpoints; the last step always makes one."] = 500
+    keep: Annotated[int, "Newest checkpoints kept."] = 2
+    knn_every: Annotated[int, "Epochs between kNN evaluations; 0: only before and after."] = 0
+    track: Annotated[str, "Also log to a tracker of Accelerate, such as tensorboard or wandb."] = ""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "epochs", "log_every", "checkpoint_every", "keep", "projection_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("temperature", "width"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
+        for name in (
+            "steps",
+            "base_lr",
+            "warmup_epochs",
+            "momentum",
+            "weight_decay",
+            "seed",
+            "cpu_threads",
+            "num_threads",
+            "knn_every",
+        ):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+
+
+# What may change when a run resumes, because it does not touch what is computed.
+FREE = frozenset({"num_threads", "log_every", "checkpoint_every", "keep", "track", "data", "eval_data", "knn_every"})
+
+RECIPES: dict[str, TrainConfig] = {
+    # Embedded drawings. Ours, chosen to show a plain gain within minutes on a CPU; says nothing about the method.
+    "demo": TrainConfig(
+        views=make_views("cifar", {"crop_area": (0.4, 1.0)}),
+        depth=18,
+        width=0.25,
+        batch_size=256,
+        epochs=15,
+        temperature=0.2,
+        base_lr=1.0,
+        warmup_epochs=1,
+        precision="no",
+    ),
+    # The authors' command (README of google-research/simclr): ResNet-18, batch 512, 1000 epochs, LARS 1.0 linear,
+    # weight decay 1e-4, temperature 0.5, half the colour strength, no blur; linear evaluation about 91 %.
+    "cifar10": TrainConfig(
+        views=VIEWS["cifar"],
+        depth=18,
+        batch_size=512,
+        epochs=1000,
+        temperature=0.5,
+        base_lr=1.0,
+        weight_decay=1e-4,
+    ),
+    # Ours: the paper has no STL-10. ImageNet's views at 96 px with the CIFAR schedule; published ResNet-18 runs of
+    # 500 epochs reach 81 % linear with 500 labels per class.
+    "stl10": TrainConfig(
+        views=VIEWS["stl10"],
+        depth=18,
+        batch_size=512,
+        epochs=500,
+        temperature=0.2,
+        base_lr=1.0,
+        weight_decay=1e-4,
+    ),
+    # The paper, section 2.2 and appendix A: ResNet-50, batch 4096, 100 epochs, LARS 0.3 linear, weight decay 1e-6,
+    # temperature 0.1; linear evaluation 64.5 %. Below batch 4096 use --lr-scaling sqrt --base-lr 0.075 (appendix B.1).
+    "imagenet": TrainConfig(views=VIEWS["imagenet"]),
+}
+
+
+class RunError(ValueError):
+    """The caller's options, data or run folder cannot be used; the message says what to do."""
+
+
+class Preempted(Exception):
+    """A signal asked the run to stop; it saved a checkpoint and can go on from there."""
+
+
+# ---- the step and the loop -----------------------------------------------------------------------------------------
+
+
+def train_step(
+    model: "nn.Module",
+    optimizer: "torch.optim.Optimizer",
+    views: "Tensor",
+    loss_of: "Callable[[Tensor], Tensor]",
+    lr: float,
+) -> "Tensor":
+    """One update from views (2n, 3, S, S); returns the () loss, still on its device, so that nothing waits for it."""
+    loss = loss_of(model(views))
+    loss.backward()
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+def train(
+    config: TrainConfig,
+    *,
+    recipe: str = "",
+    out: Path | None = None,
+    resume: bool = False,
+    origin: Mapping[str, str] | None = None,
+) -> Path:
+    """Run `config` to its end in folder `out`, the next free runs/RECIPE if None; returns the exported encoder's path.
+
+    resume goes on from the newest checkpoint in `out`, or starts where there is none. origin says where a value came
+    from, for the banner. Raises ValueError (RunError, DatasetError) for what the caller can mend, before the first
+    step; LoaderError, FloatingPointError or OSError for what goes wrong on the way, Preempted after a signal.
+    """
+    import torch
+    import torch.distributed as dist
+    from accelerate import Accelerator
+    from accelerate.utils import (
+        DistributedDataParallelKwargs,
+        InitProcessGroupKwargs,
+        broadcast_object_list,
+        gather_object,
+    )
+    from torch import Tensor, nn
+
+    from model import checkpoint
+    from model.encoder import build_encoder
+    from model.lars import LARS, param_groups
+    from model.nt_xent import nt_xent, resolve
+    from model.schedule import learning_rate, scaled_lr, warmup_steps
+    from model.simclr import ProjectionHead, SimCLR
+    from pipeline.loader import build_loader
+    from pipeline.shards import read_dataset
+
+    stop = Stop()
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())) and not resume:
+        raise RunError(f"{out} is not empty; go on with --resume, or give a new folder with --out")
+    cuda = torch.cuda.is_available()
+    accelerator = Accelerator(
+        cpu=not cuda,
+        mixed_precision=config.precision,
+        log_with=config.track or None,
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(minutes=10)),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+        ],
+    )
+    world_size, rank, main, device = (
+        accelerator.num_processes,
+        accelerator.process_index,
+        accelerator.is_main_process,
+        accelerator.device,
+    )
+    if world_size != int(os.environ.get("WORLD_SIZE", 1)):
+        raise RunError(
+            f"the launcher started {os.environ['WORLD_SIZE']} processes, but each sees {world_size}; on CPUs use "
+            "accelerate launch --multi_gpu --num_processes N train.py ..."
+        )
+    if config.sync_bn and not cuda:
+        raise RunError("--sync-bn needs GPUs: torch's SyncBatchNorm does not exchange statistics between CPU processes")
+    group = dist.group.WORLD if world_size > 1 else None
+    out = broadcast_object_list([out or next_free(Path("runs") / recipe)])[0]
+    assert out is not None
+    accelerator.project_configuration.set_directories(str(out))
+
+    # Data
+    if not config.data:
+        if recipe != "demo":
+            raise RunError(
+                "--data is missing: a folder of shards, made by python tools/make_shards.py folder IMAGES OUT"
+            )
+        if main and not (out / "data").exists():
+            from pipeline.demo import write_demo
+
+            write_demo(out / "data")
+        accelerator.wait_for_everyone()
+        config = replace(config, data=str(out / "data/train"), eval_data=str(out / "data/test"))
+    dataset = read_dataset(config.data)
+    queries = read_dataset(config.eval_data) if config.eval_data else None
+    if queries and (not dataset.labelled or dataset.classes != queries.classes):
+        raise RunError(f"kNN needs labels, of the same classes in {config.data} and {config.eval_data}")
+    if config.knn_every and not queries:
+        raise RunError("--knn-every needs --eval-data, labelled shards to query with")
+    cores = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    num_threads = config.num_threads or cores
+    if not cuda:  # the launcher sets OMP_NUM_THREADS=1; sums depend on the number, so a resumed run must have the same
+        config = replace(config, cpu_threads=config.cpu_threads or cores)
+        torch.set_num_threads(config.cpu_threads)
+    loader = build_loader(
+        dataset,
+        config.views,
+        config.batch_size,
+        device,
+        rank=rank,
+        world_size=world_size,
+        seed=config.seed,
+        num_threads=num_threads,
+        half=cuda and config.precision != "no",
+    )
+    total_steps = config.steps or config.epochs * loader.steps_per_epoch
+    warmup = min(warmup_steps(config.warmup_epochs, dataset.samples, config.batch_size), total_steps)
+    peak = scaled_lr(config.base_lr, config.batch_size, config.lr_scaling)
+
+    # Model
+    torch.manual_seed(config.seed)
+    stem: Any = ("small" if config.views.size <= 64 else "standard") if config.stem == "auto" else config.stem
+    encoder = build_encoder(config.depth, width=config.width, stem=stem)
+    head = ProjectionHead(encoder.num_features, kind=config.head, out_features=config.projection_dim)
+    network: nn.Module = SimCLR(encoder, head).to(device).to(memory_format=torch.channels_last)
+    if config.sync_bn:
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    model = accelerator.prepare(network)
+    groups = param_groups(network, config.weight_decay)
+    optimizer: torch.optim.Optimizer
+    if config.optimizer == "lars":
+        optimizer = LARS(groups, lr=peak, momentum=config.momentum)
+    elif config.optimizer == "sgd":
+        optimizer = torch.optim.SGD(groups, lr=peak, momentum=config.momentum)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=peak)
+    rows = 2 * loader.local_batch_size
+    impl = resolve(config.loss, device, rows=rows, dim=head.out_features, temperature=config.temperature)
+
+    def loss_of(z: Tensor) -> Tensor:
+        return nt_xent(z, config.temperature, group=group, impl=config.loss)
+
+    # Start, or go on
+    step = 0
+    newest = checkpoint.latest(out / "checkpoints") if resume else None
+    if newest:
+        saved = json.loads((newest / "state.json").read_bytes())["extra"]
+        changed = checkpoint.differences(saved["config"], asdict(config), FREE)
+        if len(saved["loaders"]) != world_size:
+            changed.append(f"processes: {len(saved['loaders'])} in the checkpoint, {world_size} now")
+        if changed:
+            raise RunError(
+                f"{newest} cannot go on with other settings ({'; '.join(changed)}): give the old, or a new --out"
+            )
+        loader.load_state_dict(saved["loaders"][rank])
+        step, _ = checkpoint.load(newest, model=network, optimizer=optimizer)
+    if config.track:
+        accelerator.init_trackers("swiftclr", config={k: str(v) for k, v in asdict(config).items()})
+    log = Log(out, main, config, resume_at=step)
+    where = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
+    accelerator.print(
+        f"swiftclr {recipe}: {out}, step {step} of {total_steps}\n"
+        f"  processes  {world_size} on {where}, precision {accelerator.mixed_precision}, DALI threads {num_threads}\n"
+        f"  data       {config.data}: {dataset.samples} samples in {len(dataset.shards)} shards\n"
+        f"  batch      {config.batch_size} images, {loader.local_batch_size} per process; "
+        f"{loader.steps_per_epoch} steps per epoch, learning rate to {peak:.4g} in {warmup} steps\n"
+        f"  loss       {impl[0]}: {impl[1]}\n"
+        f"  settings   {settings(config, origin or {})}"
+    )
+    pending: list[tuple[int, Tensor, float]] = []
+    clock = Clock(step)
+
+    def flush() -> None:
+        """Write what has happened since the last flush; the one place where the host waits for the device."""
+        losses = accelerator.reduce(torch.stack([loss for _, loss, _ in pending]), "mean").tolist()
+        rows = [{"step": at, "loss": loss, "lr": lr} for (at, _, lr), loss in zip(pending, losses, strict=True)]
+        pending.clear()
+        log.metrics(rows)
+        broken = [row["step"] for row in rows if not math.isfinite(row["loss"])]
+        if broken:
+            raise FloatingPointError(
+                f"the loss is not finite at step {broken[0]}. No checkpoint holds it: lower --base-lr or raise "
+                f"--temperature, and start anew; an older checkpoint in {out / 'checkpoints'} is whole"
+            )
+        speed = clock.lap(step, config.batch_size, loader.wait_s, device)
+        loader.wait_s = 0.0
+        log.speed(speed)
+        eta = timedelta(seconds=round((total_steps - step) * config.batch_size / speed["images_per_s"]))
+        accelerator.print(
+            f"step {step}/{total_steps} {100 * step // total_steps}% | loss {losses[-1]:.3f} | "
+            f"img/s {speed['images_per_s']:.0f} | data_wait {speed['data_wait_percent']:.1f}% | "
+            f"mem {speed['peak_mib'] / 1024:.1f} GiB | lr {rows[-1]['lr']:.3g} | eta {eta}",
+        )
+        if config.track:
+            accelerator.log({"loss": losses[-1], "lr": rows[-1]["lr"], **speed}, step=step)
+
+    def evaluate() -> None:
+        assert queries is not None
+        accuracy = knn_accuracy(accelerator, encoder, dataset, queries, config.views, num_threads)
+        accelerator.print(f"step {step}/{total_steps} | kNN accuracy {100 * accuracy:.2f} %")
+        log.metrics([{"step": step, "knn": accuracy}])
+        if config.track:
+            accelerator.log({"knn": accuracy}, step=step)
+
+    def save() -> None:
+        loaders = gather_object([loader.state_dict()])
+        if main:
+            extra = {"config": asdict(config), "recipe": recipe, "loaders": loaders}
+            checkpoint.save(
+                out / "checkpoints", step, model=network, optimizer=optimizer, extra=extra, keep=config.keep
+            )
+        log.status("running", step)
+
+    with log.outcome(lambda: step):
+        if queries and step == 0:
+            evaluate()
+        clock.start()
+        while step < total_steps:
+            batch = next(loader)
+            if step == 0 and main:
+                save_grid(batch.views, config.views, out / "views.png")
+            lr = learning_rate(step, peak=peak, total_steps=total_steps, warmup_steps=warmup)
+            loss = train_step(model, optimizer, batch.views, loss_of, lr)
+            step += 1
+            pending.append((step, loss, lr))
+
+            last = step == total_steps
+            logging = last or step % config.log_every == 0
+            # Ranks agree to stop in a collective, which waits for the device: only when a log line waits anyway.
+            stopping = (logging or world_size == 1) and stop.asked(accelerator)
+            saving = last or stopping or step % config.checkpoint_every == 0
+            knn_steps = config.knn_every * loader.steps_per_epoch
+            evaluating = queries is not None and (last or (knn_steps and step % knn_steps == 0))
+            if logging or saving or evaluating:
+                flush()
+            if saving or evaluating:
+                if evaluating:
+                    evaluate()
+                if saving:
+                    save()
+                clock.start()
+            if stopping and not last:
+                raise Preempted(f"stopped by a signal at step {step}; go on with --resume --out {out}")
+
+        path = out / "encoder" / "encoder.safetensors"
+        if main:
+            kept = {name: value for name, value in asdict(config).items() if name not in FREE}
+            checkpoint.export_encoder(
+                path.parent,
+                encoder,
+                image_size=config.views.size,
+                mean=config.views.mean,
+                std=config.views.std,
+                interpolation={"linear": "bilinear", "cubic": "bicubic"}[config.views.interpolation],
+                crop_pct=config.views.eval_crop,
+                training={"recipe": recipe, "steps": step, "dataset": dataset.fingerprint, "config": kept},
+            )
+            log.status("done", step)
+    accelerator.print(
+        f"encoder      {path}\ncheckpoints  {out / 'checkpoints'}\nmetrics      {out / 'metrics.jsonl'}\n"
+        f"views        {out / 'views.png'}"
+    )
+    if queries:
+        before, after = log.first_and_last_knn()
+        accelerator.print(
+            f"kNN accuracy {100 * before:.2f} % at random initialisation, {100 * after:.2f} % after training"
+        )
+    accelerator.end_training()
+    return path
+
+
+def knn_accuracy(
+    accelerator: "Accelerator",
+    encoder: "nn.Module",
+    bank: "Dataset",
+    queries: "Dataset",
+    views: ViewConfig,
+    num_threads: int,
+) -> float:
+    """Weighted kNN top-1 (k = 200, temperature 0.1) of `queries`; every process encodes a part, all get the result."""
+    import torch
+
+    from model.probe import features, knn
+    from pipeline.loader import build_eval_loader
+
+    gathered: list[Tensor] = []
+    for dataset in (bank, queries):
+        batches = build_eval_loader(
+            dataset,
+            views,
+            EVAL_BATCH,
+            accelerator.device,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            num_threads=num_threads,
+            samples=KNN_BANK,
+        )
+        with accelerator.autocast():
+            part = features(encoder, batches, accelerator.device)
+        for tensor in part:
+            padded = accelerator.pad_across_processes(tensor.to(accelerator.device), pad_index=-1)
+            gathered.append(accelerator.gather(padded).cpu())
+    bank_features, bank_labels, query_features, query_labels = gathered
+    here, there = bank_labels >= 0, query_labels >= 0  # padded rows carry label -1
+    assert bank.classes is not None
+    with torch.no_grad():
+        return knn(
+            bank_features[here],
+            bank_labels[here],
+            query_features[there],
+            query_labels[there],
+            num_classes=len(bank.classes),
+            device=accelerator.device,
+        )
+
+
+def save_grid(views: "Tensor", config: ViewConfig, path: Path) -> None:
+    """A PNG of up to eight images, their two views side by side."""
+    import torch
+    from torchvision.utils import make_grid, save_image
+
+    n = len(views) // 2
+    pairs = torch.stack([views[: min(n, 8)], views[n : n + min(n, 8)]], 1).flatten(0, 1)
+    save_image(make_grid(config.pixels(pairs.cpu()), nrow=4), path)
+
+
+# ---- what a run leaves behind --------------------------------------------------------------------------------------
+
+
+class Log:
+    """The run folder's files; only the main process writes."""
+
+    def __init__(self, out: Path, main: bool, config: TrainConfig, *, resume_at: int) -> None:
+        self.out, self.main = out, main
+        if not main:
+            return
+        out.mkdir(parents=True, exist_ok=True)
+        for name in ("metrics.jsonl", "speed.jsonl"):  # rows after the checkpoint will be written again
+            kept = []
+            if resume_at and (out / name).exists():
+                lines = (out / name).read_text().splitlines(keepends=True)
+                kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= resume_at]
+            self._replace(name, "".join(kept))
+        self._replace("config.json", json.dumps(asdict(config), indent=1))
+        self.status("running", resume_at)
+
+    def metrics(self, rows: list[dict[str, Any]]) -> None:
+        self._append("metrics.jsonl", rows)
+
+    def speed(self, row: dict[str, Any]) -> None:
+        self._append("speed.jsonl", [row])
+
+    def status(self, state: Literal["running", "preempted", "failed", "done"], step: int, message: str = "") -> None:
+        """status.json, for whatever watches the run: exit codes do not survive the launcher."""
+        self._replace("status.json", json.dumps({"state": state, "step": step, "message": message}))
+
+    @contextmanager
+    def outcome(self, step: Callable[[], int]) -> Iterator[None]:
+        try:
+            yield
+        except Preempted as error:
+            self.status("preempted", step(), str(error))
+            raise
+        except BaseException as error:
+            self.status("failed", step(), f"{type(error).__name__}: {error}")
+            raise
+
+    def first_and_last_knn(self) -> tuple[float, float]:
+        if not self.main:
+            return 0.0, 0.0
+        rows = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
+        found = [row["knn"] for row in rows if "knn" in row]
+        return found[0], found[-1]
+
+    def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
+        if self.main:
+            with open(self.out / name, "a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+                file.flush()
+                os.fsync(file.fileno())  # a checkpoint follows only after the rows it stands on are on the disk
+
+    def _replace(self, name: str, text: str) -> None:
+        if self.main:
+            partial = self.out / f".{name}.tmp"
+            partial.write_text(text)
+            os.replace(partial, self.out / name)
+
+
+class Clock:
+    """Wall clock of training alone: evaluation and saving stand outside."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.start()
+
+    def start(self) -> None:
+        self.since = time.perf_counter()
+
+    def lap(self, step: int, batch_size: int, wait_s: float, device: "torch.device") -> dict[str, Any]:
+        """Rates since the last lap or start: images/s, share of the time spent waiting for batches, peak memory."""
+        import torch
+
+        now = time.perf_counter()
+        seconds, steps = now - self.since, step - self.step
+        self.since, self.step = now, step
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(device) / 2**20
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        return {
+            "step": step,
+            "images_per_s": round(steps * batch_size / seconds, 1),
+            "step_ms": round(1000 * seconds / steps, 3),
+            "data_wait_percent": round(100 * wait_s / seconds, 2),
+            "peak_mib": round(peak, 1),
+        }
+
+
+class Stop:
+    """Turns the first SIGTERM, SIGINT or SIGUSR1 into a clean end after the current step; the second ends at once."""
+
+    def __init__(self) -> None:
+        self.received = False
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._receive)
+        if "ACCELERATE_MIXED_PRECISION" in os.environ and sys.platform == "linux":
+            # With one process the launcher forwards no signal, it just dies: have the kernel pass SIGTERM on.
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+    def _receive(self, number: int, frame: Any) -> None:  # noqa: ARG002
+        self.received = True
+        for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(each, signal.SIG_DFL)
+
+    def asked(self, accelerator: "Accelerator") -> bool:
+        """Whether any process was; the same answer on all of them."""
+        if accelerator.num_processes == 1:
+            return self.received
+        import torch
+
+        return bool(accelerator.reduce(torch.tensor(float(self.received), device=accelerator.device), "sum") > 0)
+
+
+def next_free(path: Path) -> Path:
+    """path, or path-2, path-3, ... whichever does not exist yet."""
+    candidates = (path if i == 1 else path.with_name(f"{path.name}-{i}") for i in itertools.count(1))
+    return next(candidate for candidate in candidates if not candidate.exists())
+
+
+def settings(config: TrainConfig, origin: Mapping[str, str]) -> str:
+    """The configuration in one line; values that do not come from the recipe say where from."""
+    flat = asdict(config)
+    flat |= {f"views.{name}": value for name, value in flat.pop("views").items()}
+    return ", ".join(f"{k}={v}" + (f" ({origin[k]})" if k in origin else "") for k, v in flat.items() if v != "")
+
+
+# ---- the command line ----------------------------------------------------------------------------------------------
+
+
+def _read_config_file(ctx: typer.Context, path: Path | None) -> Path | None:
+    """Make a TOML file's values the defaults of the options; its [views] table goes to `ctx.obj`."""
+    if path is None:
+        return None
+    try:
+        values = tomllib.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"{path} cannot be read: {error}") from error
+    ctx.obj = values.pop("views", {})
+    known = {f.name for f in fields(TrainConfig)} - {"views"}
+    if unknown := sorted(values.keys() - known):
+        raise typer.BadParameter(
+            f"{path}: unknown key {', '.join(unknown)}; known: {', '.join(sorted(known))}, [views]"
+        )
+    ctx.default_map = values
+    return path
+
+
+def _command(
+    ctx: typer.Context,
+    recipe: Annotated[str, typer.Argument(help=f"One of {', '.join(RECIPES)}.")],
+    out: Annotated[Path | None, typer.Option(help="Run folder. [default: the next free runs/RECIPE]")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in --out, if there is one.")] = False,
+    config: Annotated[  # noqa: ARG001  its callback has done the work
+        Path | None,
+        typer.Option(help="TOML file of options and a \\[views] table.", is_eager=True, callback=_read_config_file),
+    ] = None,
+    views: Annotated[str | None, typer.Option(help=f"Views other than the recipe's: {', '.join(VIEWS)}.")] = None,
+    view: Annotated[list[str] | None, typer.Option(help="Change one view option, such as size=96. Repeatable.")] = None,
+    **options: Any,
+) -> None:
+    """Train an encoder with SimCLR. A recipe gives every value; a file and then options change them."""
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    try:
+        base, origin = RECIPES.get(recipe), {}
+        if base is None:
+            raise RunError(f"unknown recipe {recipe!r}; choose one of {', '.join(RECIPES)}")
+        for name in options:
+            source = ctx.get_parameter_source(name)
+            if source is not None and options[name] is not None:
+                origin[name] = "file" if source.name == "DEFAULT_MAP" else "command line"
+        changes = dict(ctx.obj or {})
+        preset = views or changes.pop("preset", None)
+        origin |= {f"views.{name}": "file" for name in changes}
+        given = parse_changes(view or [])
+        changes |= given
+        origin |= {f"views.{name}": "command line" for name in given}
+        made = make_views(preset, changes) if preset else make_views(base.views, changes)
+        chosen = {name: value for name, value in options.items() if value is not None}
+        resolved = replace(base, views=made, **chosen)
+        record(train)(resolved, recipe=recipe, out=out, resume=resume, origin=origin)
+    except Preempted as error:
+        typer.echo(f"{rank}{error}", err=True)
+        raise typer.Exit(3) from error
+    except ValueError as error:
+        typer.echo(f"{rank}train: {error}", err=True)
+        raise typer.Exit(2) from error
+    except (RuntimeError, OSError, FloatingPointError) as error:
+        if type(error) is RuntimeError:  # not one of ours: the traceback is the message
+            raise
+        typer.echo(f"{rank}train: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def build_command() -> Callable[..., None]:
+    """The command with one option per field of TrainConfig; None where the recipe decides."""
+    hints = get_type_hints(TrainConfig, include_extras=True)
+    signature = inspect.signature(_command)
+    params = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    params = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in params]
+    for each in fields(TrainConfig):
+        if each.name != "views":
+            kind, text = get_args(hints[each.name])
+            option: Any = Annotated[kind | None, typer.Option(help=text)]  # type: ignore[valid-type]
+            params.append(inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option))
+
+    @functools.wraps(_command)
+    def command(**given: Any) -> None:
+        _command(**given)
+
+    command.__signature__ = signature.replace(parameters=params)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in params}
+    return command
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
+app.command()(build_command())
+
+if __name__ == "__main__":
+    app()
