@@ -1,0 +1,80 @@
+"""The house keeps its plan: who imports whom, what lies at the top, and that the checks pass."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("pipeline", "model", "tools", "benchmarks")
+HOMES = {  # library: the files that may import it
+    "accelerate": {"train.py"},
+    "nvidia": {"pipeline/graph.py", "pipeline/loader.py"},  # the loader for a type only
+    "webdataset": {"pipeline/shards.py"},
+    "safetensors": {"model/checkpoint.py"},
+    "triton": {"model/nt_xent_triton.py"},
+}
+
+
+def sources() -> list[Path]:
+    return [ROOT / "train.py", *(path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py")))]
+
+
+def imports(path: Path, *, top_level: bool = False) -> set[str]:
+    """First parts of the names a file imports: anywhere, or only when the file itself is imported."""
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level else list(ast.walk(tree))
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_follow_the_plan(path: Path) -> None:
+    """pipeline and model know nothing of each other nor of what joins them, and each library has its home."""
+    name, found = str(path.relative_to(ROOT)), imports(path)
+    room = path.relative_to(ROOT).parts[0]
+    forbidden = {"pipeline": {"model"}, "model": {"pipeline"}}.get(room, set())
+    if room in ("pipeline", "model"):
+        forbidden |= {"train", "tools", "benchmarks"}
+    assert not found & forbidden
+    for library, homes in HOMES.items():
+        assert library not in found or name in homes or room == "benchmarks", f"{name} imports {library}"
+
+
+@pytest.mark.parametrize("program", ["train.py", "tools/make_shards.py", "tools/evaluate.py", "tools/show_views.py"])
+def test_programs_import_nothing_slow_to_show_their_help(program: str) -> None:
+    """torch alone takes three seconds; --help answers at once."""
+    assert not imports(ROOT / program, top_level=True) & {"torch", "torchvision", "accelerate", "nvidia", "webdataset"}
+    shown = subprocess.run([sys.executable, ROOT / program, "--help"], capture_output=True, text=True, check=True)
+    assert "Usage" in shown.stdout
+
+
+def test_nothing_is_unpickled() -> None:
+    """A checkpoint or encoder from a stranger must not be able to run code."""
+    for path in sources():
+        text = path.read_text()
+        assert "torch.load(" not in text, path
+        assert "pickle" not in imports(path), path
+
+
+def test_the_top_level_holds_what_was_agreed() -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("not a git checkout, so what is tracked cannot be listed")
+    top = {line.split("/")[0] for line in tracked.stdout.splitlines()}
+    agreed = {"train.py", "pyproject.toml", "README.md", "LICENSE", "tests", *PACKAGES}
+    assert {name for name in top if not name.startswith(".")} <= agreed
+
+
+@pytest.mark.parametrize("command", ["ruff check .", "ruff format --check .", "mypy"])
+def test_the_code_passes(command: str) -> None:
+    """Lint, format and types, the same here and before every commit."""
+    done = subprocess.run([sys.executable, "-m", *command.split()], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

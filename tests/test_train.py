@@ -1,0 +1,354 @@
+"""Training: what a run is made of, that ranks and interruptions do not change it, and how bad input ends."""
+
+import io
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from typer.testing import CliRunner
+
+import train
+from model.checkpoint import latest, load_encoder
+from model.encoder import build_encoder
+from model.nt_xent import nt_xent
+from model.simclr import ProjectionHead, SimCLR
+from pipeline.shards import Sample, write_shards
+
+ROOT = Path(__file__).resolve().parents[1]
+NUM, BATCH = 70, 16  # four steps an epoch, six samples over
+TINY = ["demo", "--depth", "18", "--width", "0.125", "--batch-size", "16", "--warmup-epochs", "1", "--seed", "3"]
+TINY += ["--precision", "no", "--cpu-threads", "1", "--num-threads", "1", "--view", "size=16"]
+
+
+def png(i: int) -> bytes:
+    noise = np.random.default_rng(i).integers(0, 256, (4, 4, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).resize((16, 16)).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("shards") / "train"
+    samples = [Sample(f"{i}.png", i % 2, png(i)) for i in range(NUM)]
+    write_shards(samples, out, classes=["even", "odd"], name="train", shard_size=30)
+    return out
+
+
+@pytest.fixture(autouse=True)
+def _handlers() -> Iterator[None]:
+    """Training takes over signals and torch's threads; give them back."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before, threads = [signal.getsignal(number) for number in numbers], torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(train.app, [*TINY, *arguments])
+
+
+def rows(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+# ---- configuration -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def resolved(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What `train` is called with, instead of training."""
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(train, "train", lambda config, **rest: seen.update(rest, config=config))
+    return seen
+
+
+def test_command_line_beats_file_beats_recipe(resolved: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('epochs = 7\nbatch_size = 64\nhead = "linear"\n[views]\nsize = 48\nflip_p = 0.25\n')
+    arguments = ["cifar10", "--config", str(file), "--batch-size", "128", "--view", "flip_p=0"]
+    done = CliRunner().invoke(train.app, arguments)
+    assert done.exit_code == 0, done.output
+    config, origin = resolved["config"], resolved["origin"]
+    assert (config.batch_size, config.epochs, config.head, config.temperature) == (128, 7, "linear", 0.5)
+    assert (config.views.flip_p, config.views.size, config.views.jitter_strength) == (0.0, 48, 0.5)
+    assert (origin["batch_size"], origin["epochs"], origin["views.flip_p"]) == ("command line", "file", "command line")
+    assert "temperature" not in origin
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["imagenett"], "unknown recipe 'imagenett'; choose one of demo, cifar10, stl10, imagenet"),
+        (["cifar10", "--view", "colour=1"], "unknown view option 'colour'"),
+        (["cifar10", "--view", "size"], "expected NAME=VALUE"),
+        (["cifar10", "--view", "flip_p=2.0"], "flip_p: expected a probability"),
+        (["cifar10", "--views", "mnist"], "unknown views 'mnist'"),
+        (["cifar10", "--batch-size", "0"], "batch_size: expected at least 1, got 0"),
+        (["cifar10", "--head", "deep"], "deep"),
+    ],
+)
+def test_a_wrong_option_ends_in_one_message(arguments: list[str], named: str, resolved: dict[str, Any]) -> None:
+    done = CliRunner().invoke(train.app, arguments)
+    assert done.exit_code == 2
+    assert named in done.output
+    assert not resolved
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [("batchsize = 3", "unknown key batchsize"), ("epochs = 'many'", "--epochs"), ("epochs = ", "cannot be read")],
+)
+def test_a_wrong_file_ends_in_one_message(text: str, named: str, tmp_path: Path, resolved: dict[str, Any]) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(text)
+    done = CliRunner().invoke(train.app, ["cifar10", "--config", str(file)])
+    assert done.exit_code == 2
+    assert named in " ".join(done.output.split())
+    assert not resolved
+
+
+# ---- a run ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_its_folder_complete(shards: Path, tmp_path: Path) -> None:
+    """Nine steps cross two epochs; every file a user or a tool looks for is there and says the same."""
+    out = tmp_path / "run"
+    done = run("--data", str(shards), "--eval-data", str(shards), "--out", str(out), "--steps", "9", "--log-every", "4")
+    assert done.exit_code == 0, done.output
+    assert [row["step"] for row in rows(out) if "loss" in row] == list(range(1, 10))
+    assert [row["step"] for row in rows(out) if "knn" in row] == [0, 9]
+    assert [row["step"] for row in rows(out, "speed.jsonl")] == [4, 8, 9]
+    assert json.loads((out / "status.json").read_text())["state"] == "done"
+    assert json.loads((out / "config.json").read_text())["batch_size"] == BATCH
+    assert Image.open(out / "views.png").width > 4 * 16
+    newest = latest(out / "checkpoints")
+    assert newest is not None
+    assert newest.name == "step-0000009"
+    assert load_encoder(out / "encoder").num_features == 64
+    assert "step 9/9 100% | loss" in done.output
+    assert "data_wait" in done.output
+
+
+def test_equal_seeds_give_equal_runs(shards: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        assert run("--data", str(shards), "--out", str(tmp_path / name), "--steps", "3").exit_code == 0
+    assert (tmp_path / "a/metrics.jsonl").read_bytes() == (tmp_path / "b/metrics.jsonl").read_bytes()
+    assert run("--data", str(shards), "--out", str(tmp_path / "c"), "--steps", "3", "--seed", "4").exit_code == 0
+    assert (tmp_path / "a/metrics.jsonl").read_bytes() != (tmp_path / "c/metrics.jsonl").read_bytes()
+
+
+# ---- interruptions -------------------------------------------------------------------------------------------------
+
+
+def start(shards: Path, out: Path, *more: str) -> subprocess.Popen[str]:
+    arguments = [*TINY, "--data", str(shards), "--out", str(out), "--steps", "30", "--checkpoint-every", "3", *more]
+    environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_MIXED_PRECISION"}
+    command = [sys.executable, str(ROOT / "train.py"), *arguments, "--log-every", "2"]
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def wait_for_step(process: subprocess.Popen[str], out: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text().splitlines()) >= step:
+            return
+        time.sleep(0.002)
+    raise AssertionError(f"no step {step}: {process.communicate()[0] if process.poll() is not None else 'timed out'}")
+
+
+def test_a_killed_run_goes_on_bit_for_bit(shards: Path, tmp_path: Path) -> None:
+    """SIGKILL, SIGTERM and SIGKILL at random moments; rows and weights are those of a run that was left alone.
+
+    30 steps cross seven epochs' ends. SIGTERM finishes its step, saves and says so; SIGKILL cannot.
+    """
+    rng = random.Random(int.from_bytes(os.urandom(4)))
+    whole = start(shards, tmp_path / "whole")
+    out = tmp_path / "killed"
+    for number, step in ((signal.SIGKILL, 6), (signal.SIGTERM, 13), (signal.SIGKILL, 20)):
+        process = start(shards, out, "--resume")
+        wait_for_step(process, out, step)
+        time.sleep(rng.uniform(0, 0.2))
+        process.send_signal(number)
+        printed = process.communicate(timeout=120)[0]
+        if number == signal.SIGTERM and process.returncode != 0:  # 0: it was already at its end
+            assert process.returncode == 3, printed
+            status = json.loads((out / "status.json").read_text())
+            newest = latest(out / "checkpoints")
+            assert newest is not None
+            assert (status["state"], int(newest.name[5:])) == ("preempted", status["step"])
+    last = start(shards, out, "--resume")
+    assert last.wait(timeout=120) == 0, last.communicate()[0]
+    assert whole.wait(timeout=120) == 0, whole.communicate()[0]
+    assert (out / "metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+    mine, others = (load_encoder(folder / "encoder").state_dict() for folder in (out, tmp_path / "whole"))
+    assert all(torch.equal(mine[name], others[name]) for name in others)
+    ends = [latest(folder / "checkpoints") for folder in (out, tmp_path / "whole")]
+    hashes = [json.loads((end / "state.json").read_text())["sha256"] for end in ends if end]
+    assert hashes[0] == hashes[1]
+
+
+# ---- many processes ------------------------------------------------------------------------------------------------
+
+
+def frozen_network(seed: int = 0) -> nn.Module:
+    """BatchNorm by running statistics, so that a row's z does not depend on which rows share its process."""
+    torch.manual_seed(seed)
+    encoder = build_encoder(18, width=0.125, stem="small")
+    for module in encoder.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)  # the zero gammas would hide whole blocks
+    return SimCLR(encoder, ProjectionHead(encoder.num_features, out_features=32)).eval()
+
+
+def views_of(images: int) -> torch.Tensor:
+    return torch.randn(2, images, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def _one_rank(rank: int, world_size: int, port: int, folder: str) -> None:
+    from accelerate import Accelerator
+
+    ranks = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world_size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    os.environ |= {name: str(value) for name, value in ranks.items()}
+    torch.set_num_threads(1)
+
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == world_size
+    network = frozen_network()
+    model = accelerator.prepare(network).eval()
+    mine = views_of(8).chunk(world_size, 1)[rank].flatten(0, 1)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
+    kept: list[torch.Tensor] = []
+    optimizer.register_step_pre_hook(lambda *_: kept.extend(p.grad.clone() for p in network.parameters()))
+    group = torch.distributed.group.WORLD
+    loss = train.train_step(model, optimizer, mine, lambda z: nt_xent(z, 0.2, group=group), 0.0)
+    loss = accelerator.reduce(loss, "mean")
+    if rank == 0:
+        torch.save((loss, kept), Path(folder) / "stepped.pt")
+    accelerator.end_training()
+
+
+def test_two_processes_step_like_one(tmp_path: Path) -> None:
+    """Loss and gradients of two gloo processes under DDP are those of one with the joined batch, to float32's 1e-5."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_one_rank, (2, port, str(tmp_path)), nprocs=2)
+    two_loss, two = torch.load(tmp_path / "stepped.pt", weights_only=True)
+    network = frozen_network()
+    loss = nt_xent(network(views_of(8).flatten(0, 1)), 0.2)
+    loss.backward()
+    torch.testing.assert_close(two_loss, loss.detach(), rtol=1e-5, atol=0)
+    for (name, param), grad in zip(network.named_parameters(), two, strict=True):
+        assert param.grad is not None
+        assert (grad - param.grad).norm() <= 1e-5 * param.grad.norm(), name
+
+
+def test_two_processes_train_resume_and_refuse_one(shards: Path, tmp_path: Path) -> None:
+    """The launcher's way: two CPU processes, kNN over both, a checkpoint of both, and no way on with only one."""
+    out = tmp_path / "run"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    common = [*TINY, "--data", str(shards), "--eval-data", str(shards), "--out", str(out)]
+    done = subprocess.run(
+        [*launch, str(ROOT / "train.py"), *common, "--steps", "5"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "processes  2 on CPU" in done.stdout
+    found = [row["step"] for row in rows(out)]
+    assert found == [0, 1, 2, 3, 4, 5, 5], "each row once, from one process"
+    refused = run("--data", str(shards), "--eval-data", str(shards), "--out", str(out), "--steps", "5", "--resume")
+    assert refused.exit_code == 2
+    assert "processes: 2 in the checkpoint, 1 now" in refused.output
+
+
+# ---- bad input -----------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_larger_than_the_data_is_refused(shards: Path, tmp_path: Path) -> None:
+    done = run("--data", str(shards), "--out", str(tmp_path / "run"), "--batch-size", "71")
+    assert done.exit_code == 2
+    assert f"{NUM} samples, fewer than one batch of 71" in done.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_truncated_shard_is_refused_by_name(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    write_shards([Sample(f"{i}.png", 0, png(i)) for i in range(20)], data, classes=["one"], shard_size=10)
+    tar = data / "train-000001.tar"
+    tar.write_bytes(tar.read_bytes()[:-1024])
+    done = run("--data", str(data), "--out", str(tmp_path / "run"))
+    assert done.exit_code == 2
+    assert str(tar) in done.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_data_and_missing_labels_are_refused(shards: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(train.app, ["cifar10", "--precision", "no", "--out", str(tmp_path / "run")])
+    assert (done.exit_code, "--data is missing" in done.output) == (2, True)
+    flat = tmp_path / "flat"
+    write_shards([Sample(f"{i}.png", None, png(i)) for i in range(20)], flat, classes=None)
+    done = run("--data", str(flat), "--eval-data", str(shards), "--out", str(tmp_path / "run"))
+    assert (done.exit_code, "kNN needs labels" in done.output) == (2, True)
+
+
+def test_a_run_is_never_overwritten_nor_resumed_with_other_settings(shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    same = ("--data", str(shards), "--out", str(out), "--steps", "2")
+    assert run(*same).exit_code == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    again = run(*same)
+    assert (again.exit_code, "is not empty; go on with --resume" in again.output) == (2, True)
+    other = run(*same, "--resume", "--batch-size", "8", "--view", "flip_p=0.1")
+    assert other.exit_code == 2
+    assert "batch_size: 16 in the checkpoint, 8 now" in other.output
+    assert "views.flip_p: 0.5 in the checkpoint, 0.1 now" in other.output
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_another_data_set_is_not_resumed(shards: Path, tmp_path: Path) -> None:
+    out, data = tmp_path / "run", tmp_path / "data"
+    assert run("--data", str(shards), "--out", str(out), "--steps", "2").exit_code == 0
+    write_shards([Sample(f"{i}.png", 0, png(i + 1)) for i in range(NUM)], data, classes=["one"])
+    done = run("--data", str(data), "--out", str(out), "--steps", "2", "--resume")
+    assert done.exit_code == 2
+    assert "dataset:" in done.output
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(shards: Path, tmp_path: Path) -> None:
+    """The message names the step; the checkpoint from before stays, and none holds the broken weights."""
+    out = tmp_path / "run"
+    common = ("--data", str(shards), "--out", str(out), "--steps", "40", "--optimizer", "sgd", "--warmup-epochs", "0")
+    done = run(*common, "--base-lr", "1e30", "--lr-scaling", "none", "--log-every", "1", "--checkpoint-every", "1")
+    assert done.exit_code in (1, 2)
+    assert "not finite" in done.output
+    assert json.loads((out / "status.json").read_text())["state"] == "failed"
+    newest = latest(out / "checkpoints")
+    assert newest is None or load_weights_finite(newest)
+
+
+def load_weights_finite(path: Path) -> bool:
+    from safetensors.torch import load_file
+
+    return all(bool(t.isfinite().all()) for t in load_file(path / "model.safetensors").values())
