@@ -19,6 +19,7 @@ import json
 import math
 import os
 import resource
+import shlex
 import signal
 import sys
 import time
@@ -114,17 +115,31 @@ class TrainConfig:
 FREE = frozenset({"num_threads", "log_every", "checkpoint_every", "keep", "track", "data", "eval_data", "knn_every"})
 
 RECIPES: dict[str, TrainConfig] = {
-    # Embedded drawings. Ours, chosen to show a plain gain within minutes on a CPU; says nothing about the method.
+    # Embedded drawings. Ours, tuned to show a plain gain within minutes on a CPU: kNN from about 23 % to about 80 %.
+    # It says nothing about the method: kNN on the bare pixels of these drawings gives 54 %.
     "demo": TrainConfig(
-        views=make_views("cifar", {"crop_area": (0.4, 1.0)}),
+        views=make_views(
+            "cifar",
+            {
+                "crop_area": (0.3, 1.0),
+                "jitter_strength": 1.0,
+                "hue": 0.5,
+                "grayscale_p": 0.5,
+                "mean": (0.5, 0.5, 0.5),
+                "std": (0.25, 0.25, 0.25),
+            },
+        ),
         depth=18,
         width=0.25,
-        batch_size=256,
-        epochs=15,
+        stem="standard",
+        batch_size=128,
+        epochs=25,
         temperature=0.2,
-        base_lr=1.0,
-        warmup_epochs=1,
+        base_lr=8.0,
+        warmup_epochs=8,
+        weight_decay=1e-4,
         precision="no",
+        log_every=20,
     ),
     # The authors' command (README of google-research/simclr): ResNet-18, batch 512, 1000 epochs, LARS 1.0 linear,
     # weight decay 1e-4, temperature 0.5, half the colour strength, no blur; linear evaluation about 91 %.
@@ -219,6 +234,8 @@ def train(
     stop = Stop()
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())) and not resume:
         raise RunError(f"{out} is not empty; go on with --resume, or give a new folder with --out")
+    if resume and out is None:
+        raise RunError("--resume needs --out, the run folder to go on in")
     cuda = torch.cuda.is_available()
     accelerator = Accelerator(
         cpu=not cuda,
@@ -324,7 +341,7 @@ def train(
         step, _ = checkpoint.load(newest, model=network, optimizer=optimizer)
     if config.track:
         accelerator.init_trackers("swiftclr", config={k: str(v) for k, v in asdict(config).items()})
-    log = Log(out, main, config, resume_at=step)
+    log = Log(out, main, {"command": shlex.join(["train.py", *sys.argv[1:]]), **asdict(config)}, resume_at=step)
     where = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
     accelerator.print(
         f"swiftclr {recipe}: {out}, step {step} of {total_steps}\n"
@@ -451,6 +468,9 @@ def knn_accuracy(
     from model.probe import features, knn
     from pipeline.loader import build_eval_loader
 
+    if accelerator.num_processes > 1:
+        for buffer in encoder.buffers():  # one encoder for all: the running statistics that are saved and exported
+            torch.distributed.broadcast(buffer, 0)
     gathered: list[Tensor] = []
     for dataset in (bank, queries):
         batches = build_eval_loader(
@@ -498,7 +518,7 @@ def save_grid(views: "Tensor", config: ViewConfig, path: Path) -> None:
 class Log:
     """The run folder's files; only the main process writes."""
 
-    def __init__(self, out: Path, main: bool, config: TrainConfig, *, resume_at: int) -> None:
+    def __init__(self, out: Path, main: bool, config: dict[str, Any], *, resume_at: int) -> None:
         self.out, self.main = out, main
         if not main:
             return
@@ -509,7 +529,7 @@ class Log:
                 lines = (out / name).read_text().splitlines(keepends=True)
                 kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= resume_at]
             self._replace(name, "".join(kept))
-        self._replace("config.json", json.dumps(asdict(config), indent=1))
+        self._replace("config.json", json.dumps(config, indent=1))
         self.status("running", resume_at)
 
     def metrics(self, rows: list[dict[str, Any]]) -> None:

@@ -1,8 +1,9 @@
-"""The embedded demo data: ten kinds of drawn texture, 32 x 32 pixels, made from a seed in seconds.
+"""The embedded demo data: ten kinds of drawn pattern, 32 x 32 pixels, made from a seed in seconds.
 
-It is synthetic, not photographs: it shows that the whole path works and that training helps, not how good the method
-is. Each class is a pattern (stripes, checks, rings, ...); colours, contrast, scale, phase, angle and noise vary from
-image to image and tell nothing about the class. An encoder that has not learnt to look past them does badly.
+It is synthetic, not photographs, and drawn to be learnt in minutes on a CPU: the class is what all crops of an image
+share, while colours, polarity, period, phase, slant and noise vary from image to image and tell nothing about it. A
+rise of accuracy shows that the whole path works, not how good the method is: kNN on the bare pixels already gets more
+than half of the test images right.
 """
 
 import io
@@ -14,51 +15,48 @@ import numpy as np
 from numpy.typing import NDArray
 
 SIZE = 32
-Field = NDArray[np.float64]
+Field = NDArray[np.floating[Any]]
 Samples = list[tuple[bytes, int]]
 
 
-def _wave(x: Field) -> Field:
-    return 0.5 + 0.5 * np.tanh(3 * np.sin(2 * np.pi * x))
+def _saw(x: Field) -> Field:
+    """A triangle wave of period 1: 1 where x is whole, 0 half way between."""
+    return 2 * np.abs(x % 1 - 0.5)
 
 
-# Each pattern maps coordinates (in periods) to a mask in [0, 1].
+# Each pattern maps coordinates in periods to a signed height: the front colour shows where it is positive.
 PATTERNS: dict[str, Callable[[Field, Field], Field]] = {
-    "bricks": lambda x, y: np.maximum(_wave(2 * y) > 0.85, _wave(x + 0.5 * (np.floor(2 * y) % 2)) > 0.9).astype(float),
-    "checks": lambda x, y: np.abs(_wave(x) - _wave(y)),
-    "crosses": lambda x, y: (
-        ((np.abs(x % 1 - 0.5) < 0.12) | (np.abs(y % 1 - 0.5) < 0.12)).astype(float)
-        * (np.maximum(np.abs(x % 1 - 0.5), np.abs(y % 1 - 0.5)) < 0.35)
-    ),
-    "diamonds": lambda x, y: (np.abs(x % 1 - 0.5) + np.abs(y % 1 - 0.5) < 0.32).astype(float),
-    "dots": lambda x, y: (np.hypot(x % 1 - 0.5, y % 1 - 0.5) < 0.28).astype(float),
-    "grid": lambda x, y: ((x % 1 < 0.2) | (y % 1 < 0.2)).astype(float),
-    "rings": lambda x, y: (np.abs(np.hypot(x % 1 - 0.5, y % 1 - 0.5) - 0.3) < 0.09).astype(float),
-    "stripes": lambda x, y: _wave(x + 0 * y),
-    "waves": lambda x, y: _wave(x + 0.35 * np.sin(2 * np.pi * y)),
-    "zigzag": lambda x, y: _wave(x + 1.2 * np.abs(y % 1 - 0.5)),
+    "bricks": lambda x, y: np.minimum(_saw(y) - 0.25, _saw(0.5 * x + 0.5 * (np.floor(y) % 2)) - 0.15),
+    "checks": lambda x, y: np.sin(np.pi * x) * np.sin(np.pi * y),
+    "columns": lambda x, _: _saw(x) - 0.5,
+    "crosses": lambda x, y: np.minimum(0.3 - np.minimum(_saw(x), _saw(y)), 0.75 - np.maximum(_saw(x), _saw(y))),
+    "diagonals": lambda x, y: _saw(0.7 * (x + y)) - 0.5,
+    "dots": lambda x, y: 0.62 - np.hypot(_saw(x), _saw(y)),
+    "grid": lambda x, y: 0.3 - np.minimum(_saw(x), _saw(y)),
+    "rings": lambda x, y: 0.25 - np.abs(np.hypot(_saw(0.8 * x), _saw(0.8 * y)) - 0.7),
+    "rows": lambda _, y: _saw(y) - 0.5,
+    "zigzags": lambda x, y: _saw(y + 0.9 * _saw(0.7 * x)) - 0.5,
 }
 CLASSES = tuple(PATTERNS)
+_Y, _X = np.mgrid[:SIZE, :SIZE].astype(np.float32)
 
 
 def draw_image(label: int, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """One (32, 32, 3) image of class `label`."""
-    period, angle = rng.uniform(8, 10), rng.uniform(-0.15, 0.15)
-    phase_x, phase_y = rng.random(2)
-    y, x = np.mgrid[:SIZE, :SIZE] / period
-    mask = PATTERNS[CLASSES[label]](
-        np.cos(angle) * x + np.sin(angle) * y + phase_x, np.cos(angle) * y - np.sin(angle) * x + phase_y
-    )
+    """One (32, 32, 3) image of class `label`: light on dark or dark on light."""
+    slant, period = rng.uniform(-0.2, 0.2), rng.uniform(6, 10)  # radians, pixels
+    cos, sin = np.float32(np.cos(slant) / period), np.float32(np.sin(slant) / period)
+    phase_x, phase_y = 2 * rng.random(2, np.float32)
+    height = PATTERNS[CLASSES[label]](cos * _X + sin * _Y + phase_x, cos * _Y - sin * _X + phase_y)
+    cover = np.clip(0.5 + height / 0.3, 0, 1)[..., None]  # edges about a pixel soft
+    back, front = 0.55 * rng.random(3, np.float32), 1 - 0.55 * rng.random(3, np.float32)
+    noise = 0.03 * rng.standard_normal((SIZE, SIZE, 3), np.float32)
     if rng.random() < 0.5:
-        mask = 1 - mask
-    back, front = rng.random((2, 3))
-    while np.abs(back - front).max() < 0.35:
-        front = rng.random(3)
-    image = back + mask[..., None] * (front - back) + rng.normal(0, 0.03, (SIZE, SIZE, 3))
-    return (255 * image.clip(0, 1)).astype(np.uint8)
+        back, front = front, back
+    image: Field = back + cover * (front - back) + noise
+    return (255 * np.clip(image, 0, 1)).astype(np.uint8)
 
 
-def splits(train: int = 4000, test: int = 1000, seed: int = 0) -> Iterator[tuple[str, Samples]]:
+def splits(train: int = 2560, test: int = 1000, seed: int = 0) -> Iterator[tuple[str, Samples]]:
     """("train", samples) and ("test", samples): balanced classes, losslessly encoded as (PNG bytes, label)."""
     from PIL import Image
 
@@ -66,9 +64,9 @@ def splits(train: int = 4000, test: int = 1000, seed: int = 0) -> Iterator[tuple
         rng = np.random.default_rng([seed, split])
         samples = []
         for i in range(count):
-            file = io.BytesIO()
-            Image.fromarray(draw_image(i % len(CLASSES), rng)).save(file, "PNG")
-            samples.append((file.getvalue(), i % len(CLASSES)))
+            label, file = i % len(CLASSES), io.BytesIO()
+            Image.fromarray(draw_image(label, rng)).save(file, "PNG", compress_level=1)
+            samples.append((file.getvalue(), label))
         yield name, samples
 
 

@@ -52,36 +52,47 @@ def _read(reader: Reader) -> tuple[DataNode, DataNode | None]:
         random_shuffle=reader.shuffle > 0,
         initial_fill=max(reader.shuffle, 1),
         shuffle_after_epoch=reader.shuffle > 0,
+        shuffle_after_epoch_seed=reader.seed,  # DALI's default is one order for every run
         seed=reader.seed,
         dont_use_mmap=True,  # a shard replaced on disk is then an error message instead of SIGBUS
     )
-    encoded, *labels = read
-    return encoded, fn.pad(labels[0], shape=[LABEL_DIGITS]) if labels else None
+    if not reader.labelled:  # one extension gives a node, not a list of one
+        return read, None
+    encoded, label = read
+    return encoded, fn.pad(label, shape=[LABEL_DIGITS])
 
 
 def _decode(encoded: DataNode, gpu: bool) -> DataNode:
     return fn.decoders.image(encoded, device="mixed" if gpu else "cpu", output_type=types.RGB, adjust_orientation=False)
 
 
-def _window(encoded: DataNode, draws: Any, config: ViewConfig) -> tuple[DataNode, DataNode]:
-    """Start and end (y, x) of the crop relative to the image: the first candidate that fits, else a central one."""
-    shape = fn.cast(fn.peek_image_shape(encoded, adjust_orientation=False), dtype=types.FLOAT)
-    tall = math.sqrt(shape[0] / shape[1])  # candidates are in units of sqrt(H W): the image is 1 / tall wide, tall high
+def _windows(encoded: DataNode, width: DataNode, height: DataNode, offset: DataNode, config: ViewConfig) -> Any:
+    """Start and end (2, 2) of both views' crops, rows (y, x) relative to the image: the first candidate that fits.
+
+    width, height (2, 10) and offset (2, 2) are those of `Draws`. Both views go through each node together: at 32 pixels
+    these few numbers cost as much as the pixels, since every node costs microseconds per sample.
+    """
+    shape = fn.peek_image_shape(encoded, dtype=types.FLOAT, adjust_orientation=False)
+    square = shape[0] / shape[1]
+    tall = math.sqrt(square)  # candidates are in units of sqrt(H W): the image is 1 / tall wide and tall high
     rank = types.Constant(np.arange(ATTEMPTS, 0, -1, dtype=np.float32))
-    score = rank * ((draws.width * tall <= 1.0) & (draws.height <= tall))
-    best = fn.reductions.max(score, axes=0)
-    chosen = (score == best) & (score > 0.0)
+    score = rank * ((width * tall <= 1.0) & (height <= tall))
+    best = fn.reductions.max(score, axes=1, keep_dims=True)
     missed = best == 0.0
+    chosen = (score == best) ^ missed  # where none fits all scores equal the best
     low, high = config.crop_ratio
-    width = fn.reductions.sum(chosen * draws.width, axes=0) * tall + missed * math.min(high * tall * tall, 1.0)
-    height = fn.reductions.sum(chosen * draws.height, axes=0) / tall + missed * math.min(1.0 / (low * tall * tall), 1.0)
-    extent = fn.stack(height, width)
-    start = (1.0 - extent) * (missed * 0.5 + (best > 0.0) * draws.offset)
+    taken = fn.cat(
+        fn.reductions.sum(chosen * height, axes=1, keep_dims=True) / tall,
+        fn.reductions.sum(chosen * width, axes=1, keep_dims=True) * tall,
+        axis=1,
+    )
+    largest = math.min(fn.stack(1.0 / (low * square), high * square), 1.0)
+    extent = taken + missed * largest
+    start = (1.0 - extent) * (offset + missed * (0.5 - offset))
     return start, start + extent
 
 
-def _view(image: DataNode, encoded: DataNode, draws: Any, config: ViewConfig, half: bool) -> DataNode:
-    start, end = _window(encoded, draws, config)
+def _view(image: DataNode, start: DataNode, end: DataNode, draws: Any, config: ViewConfig, half: bool) -> DataNode:
     view = fn.resize(
         image,
         size=[config.size, config.size],
@@ -129,10 +140,13 @@ def two_views(
     unused = ({"colour", "mean_colour"} if not config.recolours else set()) | (
         {"sigma", "window"} if not config.blur_p else set()
     )
-    names = [f.name for f in fields(Draws) if f.name not in unused]
+    joint = ("width", "height", "offset")
+    names = [f.name for f in fields(Draws) if f.name not in unused and f.name not in joint]
 
     def source(info: types.BatchInfo) -> tuple[Any, ...]:
-        return tuple(getattr(draws, name) for draws in draw_batch(info.iteration) for name in names)
+        both = draw_batch(info.iteration)
+        crops = (np.stack([getattr(draws, name) for draws in both], 1) for name in joint)
+        return (*crops, *(getattr(draws, name) for draws in both for name in names))
 
     @pipeline_def(
         batch_size=batch_size,
@@ -143,13 +157,15 @@ def two_views(
     )
     def graph() -> tuple[DataNode, ...]:
         encoded, label = _read(reader)
-        nodes = fn.external_source(source, num_outputs=2 * len(names), batch=True, batch_info=True)
-        halves = nodes[: len(names)], nodes[len(names) :]
+        width, height, offset, *rest = fn.external_source(
+            source, num_outputs=len(joint) + 2 * len(names), batch=True, batch_info=True
+        )
+        start, end = _windows(encoded, width, height, offset, config)
         image = _decode(encoded, gpu=device_id is not None)
-        views = [
-            _view(image, encoded, SimpleNamespace(**dict(zip(names, half_, strict=True))), config, half)
-            for half_ in halves
-        ]
+        views = []
+        for i in range(2):
+            draws = SimpleNamespace(**dict(zip(names, rest[i * len(names) :], strict=False)))
+            views.append(_view(image, start[i], end[i], draws, config, half))
         return (*views, label) if label is not None else tuple(views)
 
     return graph()

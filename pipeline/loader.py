@@ -9,6 +9,7 @@ reads its own contiguous part of the shards; the augmentation drawn for a positi
 """
 
 import base64
+import itertools
 import math
 import time
 from collections.abc import Iterator
@@ -60,6 +61,8 @@ class Loader:
         half: bool,
         shuffle: int,
     ) -> None:
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed {seed} is not between 0 and 2**63 - 1")
         if batch_size < 1 or batch_size % world_size:
             raise ValueError(f"batch_size {batch_size} does not divide into {world_size} ranks")
         per_rank = dataset.samples // world_size
@@ -76,6 +79,7 @@ class Loader:
         self._batch_size, self._seed, self._num_threads = batch_size, seed, num_threads
         self._half, self._shuffle = half, shuffle
         self._pipe: Pipeline | None = None
+        self._failure: LoaderError | None = None
         self._runs = 0  # batches the pipeline has given, dropped ones included
         self.wait_s = 0.0  # seconds spent waiting for batches since it was last set to 0
 
@@ -84,14 +88,15 @@ class Loader:
 
     def __next__(self) -> Batch:
         start = time.perf_counter()
+        if self._failure:
+            raise self._failure
         if self._pipe is None:
             self._pipe = self._build(None)
         if self._runs % self._runs_per_epoch == self.steps_per_epoch:
             self._skip_to_next_epoch(self._pipe)
         epoch, step = divmod(self._runs, self._runs_per_epoch)
-        first, second, *label = self._run(self._pipe)
-        views = torch.cat([torch.from_dlpack(first.as_tensor()), torch.from_dlpack(second.as_tensor())])
-        labels = _parse_labels(label[0]) if label else None
+        (first, second), labels = self._run(self._pipe)
+        views = torch.cat([first, second])
         self.wait_s += time.perf_counter() - start
         return Batch(views.permute(0, 3, 1, 2), labels, epoch, step * self._batch_size)
 
@@ -99,15 +104,15 @@ class Loader:
         while self._runs % self._runs_per_epoch:
             self._run(pipe)
 
-    def _run(self, pipe: "Pipeline") -> Any:
+    def _run(self, pipe: "Pipeline") -> tuple[list[Tensor], Tensor | None]:
+        epoch, step = divmod(self._runs, self._runs_per_epoch)
         try:
-            outputs = pipe.run()
-        except RuntimeError as error:
-            raise LoaderError(
-                f"rank {self.rank} could not read batch {self._runs % self._runs_per_epoch} of epoch "
-                f"{self._runs // self._runs_per_epoch} of {self.dataset.root}: an image does not decode or a shard "
-                f"changed on disk. Write the shards again with --verify. The reader said: {error}"
-            ) from error
+            outputs = _outputs(
+                pipe, self.device, self.dataset, f"rank {self.rank} could not read batch {step} of epoch {epoch}"
+            )
+        except LoaderError as error:
+            self._failure = error  # DALI would go on with the next batch, and this rank out of step with the others
+            raise
         self._runs += 1
         return outputs
 
@@ -144,6 +149,8 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """The exact position of this rank, JSON-able; the identity stands beside it."""
+        if self._failure:
+            raise self._failure
         reader = self._pipe.checkpoint() if self._pipe is not None else None
         return {
             "identity": self.identity,
@@ -159,6 +166,7 @@ class Loader:
         different = [f"{key}: {saved[key]} saved, {mine[key]} now" for key in mine if saved[key] != mine[key]]
         if different:
             raise ValueError("the saved position belongs to another stream of batches; " + "; ".join(different))
+        self._failure = None
         self._runs = state["runs"]
         self._pipe = self._build(base64.b64decode(state["reader"])) if state["reader"] is not None else None
 
@@ -205,22 +213,49 @@ def build_eval_loader(
     """
     from pipeline.graph import plain_view
 
+    if dataset.samples < world_size:  # DALI refuses so many parts: the first rank reads everything
+        if rank:
+            return
+        world_size = 1
     left = dataset.samples * (rank + 1) // world_size - dataset.samples * rank // world_size
     if samples is not None:
-        left = min(left, -(-samples // world_size))
+        left = min(left, samples * (rank + 1) // world_size - samples * rank // world_size)
+    if not left:
+        return
     pipe = plain_view(
         _reader(dataset, rank, world_size, 0, 0),
         views,
-        batch_size=min(batch_size, max(left, 1)),
+        batch_size=min(batch_size, left),
         device_id=device.index or 0 if device.type == "cuda" else None,
         num_threads=num_threads,
     )
-    while left > 0:
-        image, *label = pipe.run()
-        images = torch.from_dlpack(image.as_tensor()).clone()[:left]
-        labels = _parse_labels(label[0])[:left] if label else torch.full((len(images),), -1)
+    for step in itertools.count():
+        (padded,), labels = _outputs(pipe, device, dataset, f"rank {rank} could not read batch {step}")
+        images = padded.clone()[:left]
         left -= len(images)
+        labels = labels[: len(images)] if labels is not None else torch.full((len(images),), -1)
         yield images.permute(0, 3, 1, 2), labels
+        if not left:
+            return
+
+
+def _outputs(
+    pipe: "Pipeline", device: torch.device, dataset: Dataset, failed: str
+) -> tuple[list[Tensor], Tensor | None]:
+    """The pipeline's next images (n, S, S, 3), still in DALI's memory, and labels. Raises LoaderError."""
+    try:
+        # Outputs bound to torch's stream are freed in its order: not before a copy that only waits in it is done.
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        images = list(pipe.run(stream))
+        labels = _parse_labels(images.pop()) if dataset.labelled else None
+        return [torch.from_dlpack(image.as_tensor()) for image in images], labels
+    except (RuntimeError, ValueError) as error:
+        cause = " ".join(str(error).rpartition("encountered:")[2].partition("C++ context")[0].split())
+        cause = cause.removesuffix("Current pipeline object is no longer valid. " * 2)
+        raise LoaderError(
+            f"{failed} of {dataset.root}: an image does not decode, or a shard changed on disk since it was written. "
+            f"Write the shards again, without --no-verify, or copy them again. The reader said: {cause}"
+        ) from error
 
 
 def _reader(dataset: Dataset, rank: int, world_size: int, shuffle: int, seed: int) -> Any:

@@ -6,15 +6,15 @@ of ranks nor on where a run was interrupted, and any draw can be repeated alone.
 carries the drawn numbers out, on CPU or GPU.
 
 Colour is one affine map per view. Brightness, contrast about the mean grey of the image, saturation and hue are affine
-in the pixel x, and an affine map commutes with the mean m of the image, so any order of them composes to A x + B m with
-3x3 matrices that need only the drawn factors. What this gives up against applying them one by one: values are clipped
-once at the end instead of after every operation, and hue turns in the YIQ plane instead of in HSV.
+in the pixel x, and an affine map commutes with the mean m of the image, so they compose to A x + B m with 3x3 matrices
+that need only the drawn factors. In this form the four commute: the paper's random order would change nothing, so none
+is drawn. What this gives up against applying them one by one: values are clipped once at the end instead of after every
+operation, which is all that the order is about, and hue turns in the YIQ plane instead of in HSV.
 
 Chen et al. 2020, arXiv:2002.05709, appendix A; crop law and factor laws as in torchvision, which most published PyTorch
 results use. The authors' TensorFlow crop draws smaller crops and their contrast works per channel.
 """
 
-import itertools
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ATTEMPTS = 10  # crops tried before falling back to the largest central one, as torchvision does
-UNIFORMS = 2 * ATTEMPTS + 12  # per view; two views make 64, whole blocks of the generator's 4
+UNIFORMS = 2 * ATTEMPTS + 12  # per view, one of them spare; two views make 64, whole blocks of the generator's 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class ViewConfig:
     crop_area: tuple[float, float] = (0.08, 1.0)  # uniform share of the image's area
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # log-uniform width / height
     flip_p: float = 0.5
-    jitter_p: float = 0.8  # all four colour operations, in random order
+    jitter_p: float = 0.8  # all four colour operations; their order makes no difference
     jitter_strength: float = 1.0  # s: scales the next four
     brightness: float = 0.8  # factor uniform in [1 - 0.8 s, 1 + 0.8 s], cut at 0; same for contrast, saturation
     contrast: float = 0.8
@@ -171,18 +171,26 @@ def draw(config: ViewConfig, *, seed: int, epoch: int, position: int, n: int) ->
 
 
 def _view(c: ViewConfig, u: NDArray[np.float64]) -> Draws:
-    area = _between(u[:, :ATTEMPTS], c.crop_area)
-    root_ratio = np.exp(0.5 * _between(u[:, ATTEMPTS : 2 * ATTEMPTS], np.log(c.crop_ratio)))
-    y, x, flip, jitter, b, s, h, k, order, gray, blur, sigma = u[:, 2 * ATTEMPTS :].T
-    colour, mean_colour = _colour(c, jitter < c.jitter_p, b, k, s, h, (24 * order).astype(int), gray < c.grayscale_p)
+    root_area = np.sqrt(_between(u[:, :ATTEMPTS], c.crop_area), dtype=np.float32)
+    root_ratio = np.exp(0.5 * _between(u[:, ATTEMPTS : 2 * ATTEMPTS], np.log(c.crop_ratio)), dtype=np.float32)
+    y, x, flip, jitter, b, s, h, k, _, gray, blur, sigma = u[:, 2 * ATTEMPTS :].T
+    jittered = jitter < c.jitter_p
+
+    def factor(v: NDArray[np.float64], strength: float) -> NDArray[np.float64]:
+        width = strength * c.jitter_strength
+        return np.where(jittered, _between(v, (max(1 - width, 0), 1 + width)), 1)
+
+    saturation = np.where(gray < c.grayscale_p, 0, factor(s, c.saturation))  # without chroma: grayscale
+    angle = np.where(jittered, 2 * np.pi * c.hue * c.jitter_strength * (2 * h - 1), 0)
+    colour, mean_colour = _colour(factor(b, c.brightness), factor(k, c.contrast), saturation, angle)
     sigma = _between(sigma, c.blur_sigma)
     window = np.minimum(2 * np.ceil(3 * sigma) + 1, c.max_window)  # 3 sigma each way hold 99.7 % of the kernel
     return Draws(
-        width=(np.sqrt(area) * root_ratio).astype(np.float32),
-        height=(np.sqrt(area) / root_ratio).astype(np.float32),
+        width=root_area * root_ratio,
+        height=(root_area / root_ratio).astype(np.float32),
         offset=np.stack([y, x], 1).astype(np.float32),
-        colour=colour.astype(np.float32),
-        mean_colour=mean_colour.astype(np.float32),
+        colour=colour,
+        mean_colour=mean_colour,
         sigma=sigma.astype(np.float32),
         window=np.where(blur < c.blur_p, window, 1).astype(np.int32),
         mirror=(flip < c.flip_p).astype(np.int32),
@@ -194,47 +202,22 @@ def _between(u: NDArray[np.float64], bounds: Any) -> NDArray[np.float64]:
 
 
 LUMA = np.array([0.299, 0.587, 0.114])
-GRAY = np.ones((3, 1)) * LUMA
 _YIQ = np.array([LUMA, [0.595716, -0.274453, -0.321263], [0.211456, -0.522591, 0.311135]])
-_ORDERS = np.array(list(itertools.permutations(range(4))))
+GRAY = np.ones((3, 1)) * LUMA
+_CHROMA = np.eye(3) - GRAY
+_TURN = np.linalg.inv(_YIQ) @ np.array([[0, 0, 0], [0, 0, -1], [0, 1, 0]]) @ _YIQ  # chroma a quarter circle on
+_BASIS = np.stack([GRAY, _CHROMA, _TURN]).reshape(3, 9)
 
 
 def _colour(
-    c: ViewConfig,
-    apply: NDArray[np.bool_],
-    b: NDArray[np.float64],
-    k: NDArray[np.float64],
-    s: NDArray[np.float64],
-    h: NDArray[np.float64],
-    order: NDArray[np.int64],
-    gray: NDArray[np.bool_],
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The drawn colour operations as matrices A, B (n, 3, 3) of x -> A x + B m, with m the mean colour before them."""
-    n, eye = len(b), np.eye(3)
+    b: NDArray[np.float64], k: NDArray[np.float64], s: NDArray[np.float64], angle: NDArray[np.float64]
+) -> tuple[Floats, Floats]:
+    """Matrices A, B (n, 3, 3) of x -> A x + B m for brightness b, contrast k, saturation s and hue angle, in any order.
 
-    def factor(u: NDArray[np.float64], strength: float) -> NDArray[np.float64]:
-        width = strength * c.jitter_strength
-        return np.where(apply, _between(u, (max(1 - width, 0), 1 + width)), 1)[:, None, None]
-
-    angle = np.where(apply, 2 * np.pi * c.hue * c.jitter_strength * (2 * h - 1), 0)
-    turn = np.zeros((n, 3, 3))
-    turn[:, 0, 0] = 1
-    turn[:, 1, 1] = turn[:, 2, 2] = np.cos(angle)
-    turn[:, 2, 1] = np.sin(angle)
-    turn[:, 1, 2] = -turn[:, 2, 1]
-    saturation = factor(s, c.saturation)
-    contrast = factor(k, c.contrast)
-    linear = [  # each operation x -> L x + P mean(x)
-        factor(b, c.brightness) * eye,
-        contrast * eye,
-        saturation * eye + (1 - saturation) * GRAY,
-        np.linalg.inv(_YIQ) @ turn @ _YIQ,
-    ]
-    A, B = np.broadcast_to(eye, (n, 3, 3)), np.zeros((n, 3, 3))
-    for place in range(4):
-        op = _ORDERS[order, place]
-        L = np.choose(op[:, None, None], [np.broadcast_to(m, (n, 3, 3)) for m in linear])
-        P = np.where((op == 1)[:, None, None], (1 - contrast) * GRAY, 0)
-        A, B = L @ A, L @ B + P @ (A + B)
-    to_gray = np.where(gray[:, None, None], GRAY, eye)
-    return to_gray @ A, to_gray @ B
+    With x split into luma and chroma, b scales everything, k scales everything about the luma of the mean, s scales
+    the chroma and the angle turns it, so A = b k (GRAY + s (cos CHROMA + sin TURN)) and B = b (1 - k) GRAY.
+    """
+    n, luma, chroma = len(b), b * k, b * k * s
+    A = np.stack([luma, chroma * np.cos(angle), chroma * np.sin(angle)], 1) @ _BASIS
+    B = (b - luma)[:, None] * _BASIS[0]
+    return A.astype(np.float32).reshape(n, 3, 3), B.astype(np.float32).reshape(n, 3, 3)

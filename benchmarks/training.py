@@ -1,0 +1,83 @@
+"""Put a finished run on record: its kNN curve, its speed and where it ran, as rows and a picture.
+
+    python -m benchmarks.training runs/cifar10 --name cifar10-cpu
+
+Run it right after training, on the same machine and commit. It appends one row per kNN evaluation, or
+one without, to records/training.csv and draws records/training-NAME.png (needs matplotlib: pip install -e '.[eval]').
+"""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def record(
+    run: Annotated[Path, typer.Argument(help="Run folder of train.py.")],
+    name: Annotated[str, typer.Option(help="What to call the run in the record.")],
+) -> None:
+    """Append a run to the record and draw its curves."""
+    from benchmarks.measure import RECORDS, append, environment
+
+    config = json.loads((run / "config.json").read_text())
+    metrics, speed = (_rows(run / file) for file in ("metrics.jsonl", "speed.jsonl"))
+    if json.loads((run / "status.json").read_text())["state"] != "done":
+        raise typer.BadParameter(f"{run} is not done; a record is of a finished run")
+    scored = [row for row in metrics if "knn" in row]
+    facts = {
+        "run": name,
+        "command": config["command"],
+        "batch_size": config["batch_size"],
+        "images_per_s_median": statistics.median(row["images_per_s"] for row in speed),
+        "data_wait_percent_median": statistics.median(row["data_wait_percent"] for row in speed),
+        "peak_mib": max(row["peak_mib"] for row in speed),
+        "training_s": round(_training_s(speed), 1),
+        **environment(),
+        "threads": config["cpu_threads"] or "",
+    }
+    unscored = {"step": metrics[-1]["step"], "knn_top1": ""}  # a run for speed alone
+    rows = [{"step": row["step"], "knn_top1": round(row["knn"], 5)} for row in scored] or [unscored]
+    append("training.csv", [{**row, **facts} for row in rows])
+    _draw(RECORDS / f"training-{name}.png", name, metrics, scored, facts)
+    for row in scored:
+        typer.echo(f"step {row['step']:>7}  kNN {100 * row['knn']:.2f} %")
+    typer.echo(
+        f"{facts['images_per_s_median']:.0f} images/s, {facts['training_s']:.0f} s of training on {facts['device']}"
+    )
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _training_s(speed: list[dict[str, Any]]) -> float:
+    """Seconds of training alone: a row's step time holds for the steps since the row before."""
+    before = [0, *(row["step"] for row in speed)]
+    return sum((row["step"] - start) * row["step_ms"] / 1000 for start, row in zip(before, speed, strict=False))
+
+
+def _draw(
+    path: Path, name: str, metrics: list[dict[str, Any]], scored: list[dict[str, Any]], facts: dict[str, Any]
+) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    losses = [row for row in metrics if "loss" in row]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    left.plot([row["step"] for row in losses], [row["loss"] for row in losses], linewidth=0.7)
+    left.set(xlabel="step", ylabel="NT-Xent")
+    right.set(xlabel="step", ylabel="kNN top-1, %")
+    if scored:
+        right.plot([row["step"] for row in scored], [100 * row["knn"] for row in scored], marker="o")
+        right.axhline(100 * scored[0]["knn"], linestyle=":", color="gray")
+        right.annotate("random initialisation", (scored[-1]["step"], 100 * scored[0]["knn"]), ha="right", va="bottom")
+    figure.suptitle(f"{name}: {facts['device']}, {facts['commit']}, {facts['date']}", fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    typer.run(record)

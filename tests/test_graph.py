@@ -1,0 +1,489 @@
+"""The DALI graphs give the views that NumPy gives from the same numbers, for every kind of image.
+
+The graph rounds to whole grey levels up to three times: after the resize, after colour and after the blur. Against the
+unrounded oracle that leaves half a level each time, the first one multiplied by what colour does to it, so a view may
+be off by (|A| + |B|) / 2 + 1/2 + 1/2 levels, with |.| the largest absolute row sum; `allowed` adds 0.1 for float32.
+"""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.graph import Reader, plain_view, two_views
+from pipeline.shards import Dataset, Sample, write_shards
+from pipeline.views import ATTEMPTS, VIEWS, Draws, ViewConfig, draw, make_views
+from tests.oracles import views as oracle
+
+LEVELS = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}  # views come out in grey levels
+Bytes = NDArray[np.uint8]
+
+
+def encode(image: Bytes, format: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, format, **options)
+    return file.getvalue()
+
+
+def shard(folder: Path, images: Sequence[bytes]) -> Dataset:
+    """Images in the order given; the label of each is its place."""
+    samples = [Sample(f"{i}", i, image) for i, image in enumerate(images)]
+    data = write_shards(samples, folder / "set", classes=[str(i) for i in range(len(images))], shard_size=1000)
+    return data
+
+
+def reader(dataset: Dataset) -> Reader:
+    return Reader(
+        tars=dataset.tars, indexes=dataset.indexes, image_ext=";".join(dataset.extensions), labelled=dataset.labelled
+    )
+
+
+def labels(digits: Any) -> list[int]:
+    return [int(bytes(row).rstrip(b"\0")) for row in np.asarray(digits.as_array())]
+
+
+def permute(draws: Draws, order: list[int]) -> Draws:
+    return Draws(**{name: getattr(draws, name)[order] for name in vars(draws)})
+
+
+def views(
+    dataset: Dataset, config: ViewConfig, draws: tuple[Draws, Draws], *, half: bool = False
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Both views of all images; row i is the image with label i, drawn as row i of `draws`."""
+    probe = plain_view(reader(dataset), VIEWS["cifar"], batch_size=dataset.samples, device_id=None, num_threads=1)
+    order = labels(probe.run()[1])
+    fed = permute(draws[0], order), permute(draws[1], order)
+    graph = two_views(
+        reader(dataset), config, lambda _: fed, batch_size=dataset.samples, device_id=None, num_threads=2, half=half
+    )
+    first, second, digits = graph.run()
+    assert labels(digits) == order
+    back = np.argsort(order)
+    return np.array(first.as_array())[back], np.array(second.as_array())[back]
+
+
+def plain(num: int, **changes: Any) -> Draws:
+    """Draws that leave the whole image as it is, except for `changes`."""
+    fields: dict[str, Any] = {
+        "width": np.ones((num, ATTEMPTS), np.float32),
+        "height": np.ones((num, ATTEMPTS), np.float32),
+        "offset": np.zeros((num, 2), np.float32),
+        "colour": np.tile(np.eye(3, dtype=np.float32), (num, 1, 1)),
+        "mean_colour": np.zeros((num, 3, 3), np.float32),
+        "sigma": np.ones(num, np.float32),
+        "window": np.ones(num, np.int32),
+        "mirror": np.zeros(num, np.int32),
+    }
+    assert changes.keys() <= fields.keys()
+    return Draws(**{name: np.asarray(changes.get(name, value), value.dtype) for name, value in fields.items()})
+
+
+def expected(image: Bytes, config: ViewConfig, draws: Draws, i: int) -> NDArray[np.float64]:
+    """View i of `image` in grey levels, never rounded; clipped where the graph clips, after colour."""
+    height, width, _ = image.shape
+    unit = np.sqrt(height * width)
+    candidates = [(unit * h, unit * w) for h, w in zip(draws.height[i].astype(float), draws.width[i].astype(float))]  # noqa: B905
+    box = oracle.crop(height, width, candidates, draws.offset[i].astype(float), config.crop_ratio)
+    view = oracle.resize(image.astype(float), box, (config.size, config.size), config.interpolation)
+    if config.recolours:
+        mean = draws.mean_colour[i].astype(float) @ view.mean((0, 1))
+        view = (view @ draws.colour[i].T.astype(float) + mean).clip(0, 255)
+    if config.blur_p and draws.window[i] > 1:
+        view = oracle.blur(view, float(draws.sigma[i]), int(draws.window[i]))
+    return view[:, ::-1] if draws.mirror[i] else view
+
+
+def allowed(config: ViewConfig, draws: Draws, i: int) -> float:
+    if not config.recolours:
+        return 0.5 + 0.5 * (config.blur_p > 0) + 0.1
+    gain = np.abs(draws.colour[i]).sum(1).max() + np.abs(draws.mean_colour[i]).sum(1).max()
+    return float(gain / 2 + 0.5 + 0.5 * (config.blur_p > 0) + 0.1)
+
+
+def ramp(height: int, width: int) -> Bytes:
+    """Red rises to the right, green downwards, by whole levels; blue is flat."""
+    y, x = np.mgrid[:height, :width]
+    return np.stack([255 * x // max(width - 1, 1), 255 * y // max(height - 1, 1), 0 * x + 90], 2).astype(np.uint8)
+
+
+def noise(height: int, width: int, seed: int = 0) -> Bytes:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def photos() -> list[Bytes]:
+    """Two real photographs that come with scikit-learn, here 214 x 320, and odd cuts of them."""
+    from sklearn.datasets import load_sample_image
+
+    china, flower = (np.array(load_sample_image(name))[::2, ::2] for name in ("china.jpg", "flower.jpg"))
+    return [china, flower, china[:, :60], flower[100:131, :], china[::3, ::3], flower[100:117, 150:161]]
+
+
+def extremes() -> list[Bytes]:
+    """Shapes of which few or no candidates fit, and the smallest ones."""
+    return [ramp(200, 10), noise(10, 200, 1), noise(300, 2, 2), ramp(1, 64), noise(1, 1, 3), noise(40, 31, 4)]
+
+
+# ---- the whole view ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["imagenet", "cifar", "stl10"])
+@pytest.mark.parametrize("images", [photos, extremes])
+def test_views_equal_the_oracle(tmp_path: Path, preset: str, images: Any) -> None:
+    """Crop, colour, blur, flip as drawn for 4 x 6 images, both views; every pixel within `allowed`.
+
+    Each of the operations is used and left out at least once, so none can be skipped or swapped unseen.
+    """
+    config = make_views(preset, {**LEVELS, "size": min(VIEWS[preset].size, 96)})
+    pictures = 4 * images()
+    data = shard(tmp_path, [encode(image) for image in pictures])
+    drawn = draw(config, seed=2, epoch=1, position=0, n=len(pictures))
+    for draws, got in zip(drawn, views(data, config, drawn), strict=True):
+        assert {0, 1} == set(draws.mirror)
+        assert bool(config.blur_p) == (draws.window > 1).any()
+        for i, image in enumerate(pictures):
+            worst = np.abs(got[i] - expected(image, config, draws, i)).max()
+            assert worst <= allowed(config, draws, i), f"image {i} {image.shape}: {worst:.2f} levels off"
+
+
+def test_cubic_views_equal_the_oracle(tmp_path: Path) -> None:
+    """Antialiased cubic as Pillow's BICUBIC (a = -0.5); its overshoot is clipped before colour, as by Pillow."""
+    config = make_views("cifar", {**LEVELS, "interpolation": "cubic", "jitter_p": 0.0, "grayscale_p": 0.0})
+    pictures = 2 * photos()
+    data = shard(tmp_path, [encode(image) for image in pictures])
+    drawn = draw(config, seed=3, epoch=0, position=0, n=len(pictures))
+    for draws, got in zip(drawn, views(data, config, drawn), strict=True):
+        for i, image in enumerate(pictures):
+            assert np.abs(got[i] - expected(image, config, draws, i).clip(0, 255)).max() <= allowed(config, draws, i)
+
+
+def test_resizing_is_that_of_pillow(tmp_path: Path) -> None:
+    """The drawn window, in fractions of pixels, resized by Pillow: at most one level apart.
+
+    The graph rounds once and Pillow twice, after either pass: half a level each, and a difference of two whole levels
+    is no less than 2. Beyond the image's edge the graph sees the edge pixel and Pillow nothing, so it is given an edge.
+    """
+    config = make_views("cifar", {**LEVELS, "size": 48, "jitter_p": 0.0, "grayscale_p": 0.0, "flip_p": 0.0})
+    pictures = photos()
+    data = shard(tmp_path, [encode(image) for image in pictures])
+    drawn = draw(config, seed=8, epoch=0, position=0, n=len(pictures))
+    got = views(data, config, drawn)[0]
+    for i, image in enumerate(pictures):
+        height, width, _ = image.shape
+        unit = np.sqrt(height * width)
+        sizes = [(unit * float(h), unit * float(w)) for h, w in zip(drawn[0].height[i], drawn[0].width[i], strict=True)]
+        top, left, h, w = oracle.crop(height, width, sizes, drawn[0].offset[i].astype(float), (3 / 4, 4 / 3))
+        edge = 32
+        padded = Image.fromarray(np.pad(image, ((edge, edge), (edge, edge), (0, 0)), "edge"))
+        box = (left + edge, top + edge, left + w + edge, top + h + edge)
+        pillow = np.array(padded.resize((48, 48), Image.Resampling.BILINEAR, box), float)
+        assert np.abs(got[i] - pillow).max() <= 1
+
+
+# ---- one step at a time --------------------------------------------------------------------------------------------
+
+
+def test_a_view_that_changes_nothing_is_the_image(tmp_path: Path) -> None:
+    """The whole image at its own size, identity colour, window 1, no flip: every bit the same."""
+    image = noise(64, 64)
+    config = make_views("imagenet", {**LEVELS, "size": 64})
+    for view in views(shard(tmp_path, [encode(image)]), config, (plain(1), plain(1))):
+        np.testing.assert_array_equal(view[0], image)
+
+
+def test_the_crop_is_the_first_candidate_that_fits_to_a_fifth_of_a_pixel(tmp_path: Path) -> None:
+    """On a ramp of 1 level per pixel a line through the view gives both ends of the window.
+
+    88 values rounded to whole levels (standard deviation 0.29) give the intercept to 0.29 * 2 / sqrt(88) = 0.06, the
+    slope to 0.1; three times that is allowed. The first candidate is too wide, the second fits, others would fit too.
+    """
+    size, side = 96, 200
+    y, x = np.mgrid[:side, :side]
+    image = np.stack([x, y, 0 * x], 2).astype(np.uint8)
+    rng = np.random.default_rng(1)
+    num = 8
+    shape = rng.uniform(0.15, 0.45, (num, 2))  # (height, width) of the candidate that is taken
+    height, width = rng.uniform(0.1, 0.9, (2, num, ATTEMPTS))
+    height[:, 0], width[:, 0] = 0.5, 1.01
+    height[:, 1], width[:, 1] = shape.T
+    offset = rng.random((num, 2))
+    config = make_views("cifar", {**LEVELS, "size": size})
+    draws = plain(num, height=height, width=width, offset=offset)
+    got = views(shard(tmp_path, num * [encode(image)]), config, (plain(num), draws))[1]
+    start = (1 - shape) * offset * side
+    inner = slice(4, -4)  # beside the window the kernel sees the image, at its border it does not
+    position = (np.arange(size) + 0.5) / size
+    for i in range(num):
+        for axis, line in ((0, got[i, :, :, 1].mean(1)), (1, got[i, :, :, 0].mean(0))):
+            slope, first = np.polyfit(position[inner], line[inner], 1)
+            assert abs(first + 0.5 - start[i, axis]) < 0.2
+            assert abs(slope - shape[i, axis] * side) < 0.3
+
+
+@pytest.mark.parametrize(("height", "width"), [(200, 10), (10, 200), (64, 63), (96, 64)])
+def test_without_a_candidate_that_fits_the_crop_is_the_largest_central_one(
+    tmp_path: Path, height: int, width: int
+) -> None:
+    """Of 200 x 10 the central 13.3 x 10, of 10 x 200 the central 10 x 13.3, of 64 x 63 all, of 96 x 64 85.3 x 64.
+
+    The offset must not matter, so it is 0.9; within half a level of the exact resize.
+    """
+    box = {
+        (200, 10): (280 / 3, 0, 40 / 3, 10),
+        (10, 200): (0, 280 / 3, 10, 40 / 3),
+        (64, 63): (0, 0, 64, 63),
+        (96, 64): (16 / 3, 0, 256 / 3, 64),
+    }[height, width]
+    image = ramp(height, width)
+    config = make_views("cifar", LEVELS)
+    much = np.full((1, ATTEMPTS), 1.5 * np.sqrt(max(height, width) / min(height, width)))
+    draws = plain(1, width=much, height=much, offset=[[0.9, 0.9]])
+    got = views(shard(tmp_path, [encode(image)]), config, (draws, draws))[0][0]
+    assert np.abs(got - oracle.resize(image.astype(float), box, (32, 32))).max() <= 0.51
+
+
+def test_colour_of_a_flat_image_is_exact_to_rounding(tmp_path: Path) -> None:
+    """A flat image is its own mean: A c + B c, rounded, whatever is cropped; and clipped to 0 and 255."""
+    config = make_views("imagenet", {**LEVELS, "size": 32, "blur_p": 0.0})
+    num = 60
+    colours = np.random.default_rng(5).integers(0, 256, (num, 3))
+    images = [np.broadcast_to(c, (40, 50, 3)).astype(np.uint8) for c in colours]
+    drawn = draw(config, seed=1, epoch=0, position=0, n=num)
+    for draws, got in zip(drawn, views(shard(tmp_path, [encode(i) for i in images]), config, drawn), strict=True):
+        exact = np.einsum("nij,nj->ni", draws.colour.astype(float) + draws.mean_colour, colours).clip(0, 255)
+        assert np.ptp(got, axis=(1, 2)).max() == 0
+        assert np.abs(got[:, 0, 0] - exact).max() <= 0.501
+        assert (exact == 255).any()
+
+
+def test_contrast_turns_about_the_mean_of_the_crop_and_not_of_the_image(tmp_path: Path) -> None:
+    """Contrast 0 leaves only the mean grey: that of the bright half where that is cropped, to half a level."""
+    image = np.zeros((64, 64, 3), np.uint8)
+    image[:, 32:] = 200, 100, 50
+    only_mean = np.ones((3, 1)) * oracle.LUMA
+    draws = plain(
+        1,
+        width=np.full((1, ATTEMPTS), 0.4),
+        height=np.full((1, ATTEMPTS), 0.4),
+        offset=[[0.0, 0.999]],
+        colour=np.zeros((1, 3, 3)),
+        mean_colour=only_mean[None],
+    )
+    config = make_views("imagenet", {**LEVELS, "size": 32})
+    got = views(shard(tmp_path, [encode(image)]), config, (draws, plain(1)))[0]
+    assert np.abs(got - oracle.LUMA @ (200, 100, 50)).max() <= 0.5
+
+
+@pytest.mark.parametrize(("sigma", "window"), [(0.1, 3), (0.7, 7), (1.3, 9), (2.0, 13), (2.0, 3), (1.9, 23)])
+def test_the_blur_of_an_impulse_is_the_gaussian_with_its_window(tmp_path: Path, sigma: float, window: int) -> None:
+    """A white pixel on black, far from and at the border: 255 times the taps' product, to rounding; nothing beyond.
+
+    A white line gives sigma back: within 3 %, since cutting at 3 sigma takes 1.4 % of it and rounding some more.
+    """
+    image = np.zeros((64, 64, 3), np.uint8)
+    image[30, 33, 0] = image[2, 0, 1] = 255
+    image[:, 33, 2] = 255
+    config = make_views("imagenet", {**LEVELS, "size": 64})
+    draws = plain(1, sigma=[sigma], window=[window])
+    got = views(shard(tmp_path, [encode(image)]), config, (draws, plain(1)))
+    assert np.abs(got[0][0] - oracle.blur(image.astype(float), sigma, window)).max() <= 0.51
+    np.testing.assert_array_equal(got[1][0], image)  # window 1 beside it
+    if sigma > 0.5 and window >= 6 * sigma:
+        line = got[0][0, 30, :, 2]
+        measured = np.sqrt((line * (np.arange(64) - 33.0) ** 2).sum() / line.sum())
+        assert abs(measured / sigma - 1) < 0.03
+
+
+def test_the_flip_is_exact_and_comes_after_the_blur_and_before_nothing(tmp_path: Path) -> None:
+    """The mirrored view is the other one reversed left to right, bit by bit, with everything else drawn alike."""
+    config = make_views("imagenet", {"size": 64})
+    drawn = draw(config, seed=6, epoch=0, position=0, n=6)[0]
+    flipped, straight = (Draws(**{**vars(drawn), "mirror": np.full(6, value, np.int32)}) for value in (1, 0))
+    first, second = views(shard(tmp_path, [encode(image) for image in photos()]), config, (flipped, straight))
+    np.testing.assert_array_equal(first, second[:, :, ::-1])
+    assert not np.array_equal(first, second)
+
+
+def test_colour_comes_before_the_blur(tmp_path: Path) -> None:
+    """Gain 4 clips a white pixel on dark grey before it is spread: the sum differs from the other order by far."""
+    image = np.full((32, 32, 3), 20, np.uint8)
+    image[16, 16] = 255
+    config = make_views("imagenet", {**LEVELS, "size": 32})
+    draws = plain(1, colour=4 * np.eye(3)[None], sigma=[1.0], window=[7])
+    got = views(shard(tmp_path, [encode(image)]), config, (draws, draws))[0][0]
+    clipped = oracle.blur((4 * image.astype(float)).clip(0, 255), 1.0, 7)
+    swapped = (4 * oracle.blur(image.astype(float), 1.0, 7)).clip(0, 255)
+    assert np.abs(got - clipped).max() <= 0.51
+    assert np.abs(swapped - clipped).max() > 50
+
+
+def test_normalisation_is_per_channel_in_float32(tmp_path: Path) -> None:
+    """(x / 255 - mean) / std with the preset's numbers, on all 256 levels of each channel, to 1e-6."""
+    levels = np.stack([np.arange(256), np.arange(256)[::-1], np.roll(np.arange(256), 77)], 1).reshape(16, 16, 3)
+    config = make_views("cifar", {"size": 16})
+    got = views(shard(tmp_path, [encode(levels.astype(np.uint8))]), config, (plain(1), plain(1)))[0]
+    assert got.dtype == np.float32
+    want = oracle.normalise(levels.astype(float), (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616))
+    np.testing.assert_allclose(got[0], want, rtol=0, atol=1e-6)
+
+
+def test_half_views_are_the_float_views_rounded_to_half(tmp_path: Path) -> None:
+    """Normalised in float32, then rounded once: within half a unit in the last place of float16, 2**-11 relative."""
+    config = VIEWS["stl10"]
+    data = shard(tmp_path, [encode(image) for image in photos()])
+    drawn = draw(config, seed=7, epoch=0, position=0, n=6)
+    for full, half in zip(views(data, config, drawn), views(data, config, drawn, half=True), strict=True):
+        assert (full.dtype, half.dtype) == (np.float32, np.float16)
+        np.testing.assert_allclose(half.astype(np.float32), full, rtol=2**-11, atol=2**-24)
+
+
+def test_options_that_are_off_leave_their_operation_out(tmp_path: Path) -> None:
+    """No jitter and no grayscale: no colour. No blur: no blur, even where the draws ask for them."""
+    image = noise(32, 32)
+    loud = plain(1, colour=np.zeros((1, 3, 3)), sigma=[2.0], window=[13])
+    data = shard(tmp_path, [encode(image)])
+    off = {**LEVELS, "size": 32, "jitter_p": 0.0, "grayscale_p": 0.0}
+    np.testing.assert_array_equal(views(data, make_views("cifar", off), (loud, loud))[0][0], image)
+    only_blur = views(data, make_views("imagenet", off), (loud, loud))[0][0]
+    assert np.abs(only_blur - oracle.blur(image.astype(float), 2.0, 13)).max() <= 0.51
+    only_colour = views(data, make_views("imagenet", {**LEVELS, "size": 32, "blur_p": 0.0}), (loud, loud))[0][0]
+    assert (only_colour == 0).all()
+
+
+# ---- kinds of images -----------------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_file_decodes_to_rgb_as_in_pillow(tmp_path: Path) -> None:
+    """Gray, palette, alpha, CMYK, progressive and rotated by EXIF; JPEG within 3 levels (another inverse DCT).
+
+    EXIF orientation is ignored, as torchvision and timm do; transparency is dropped, not blended.
+    """
+    photo = Image.fromarray(photos()[0][50:114, 100:164])
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    alpha = photo.convert("RGBA")
+    alpha.putalpha(Image.fromarray(np.tile(np.arange(0, 256, 4, dtype=np.uint8), (64, 1))))
+    kinds: list[tuple[Image.Image, str, dict[str, Any], int]] = [
+        (photo, "PNG", {}, 0),
+        (photo.convert("L"), "PNG", {}, 0),
+        (photo.convert("P"), "PNG", {}, 0),
+        (alpha, "PNG", {}, 0),
+        (photo, "WEBP", {"lossless": True}, 0),
+        (photo, "JPEG", {"quality": 95, "subsampling": 0}, 3),
+        (photo, "JPEG", {"quality": 95, "subsampling": 0, "progressive": True}, 3),
+        (photo, "JPEG", {"quality": 95, "subsampling": 0, "exif": rotated}, 3),
+        (photo.convert("L"), "JPEG", {"quality": 95}, 3),
+    ]
+    files = []
+    for image, format, options, _ in kinds:
+        file = io.BytesIO()
+        image.save(file, format, **options)
+        files.append(file.getvalue())
+    config = make_views("cifar", {**LEVELS, "size": 64})
+    got = views(shard(tmp_path, files), config, (plain(len(files)), plain(len(files))))[0]
+    for view, data, (image, format, options, levels) in zip(got, files, kinds, strict=True):
+        want = np.array(Image.open(io.BytesIO(data)).convert("RGB"), float)
+        assert np.abs(view - want).max() <= levels, f"{format} {image.mode} {options}"
+
+
+# ---- evaluation ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("interpolation", ["linear", "cubic"])
+@pytest.mark.parametrize(("size", "share"), [(42, 0.875), (48, 1.0)])
+def test_the_plain_view_is_resize_and_centre_crop(tmp_path: Path, interpolation: str, size: int, share: float) -> None:
+    """Shorter side to size / share, central square: the oracle's within half a level, torchvision's within one.
+
+    torchvision truncates the longer side, stretches the image to it and may cut one pixel beside, so it is compared
+    where no side is rounded; and it sees nothing beyond the image's edge, so not on the outermost two pixels. Pillow
+    rounds between its passes too: 0.5 * 1.3 (the cubic's gain) + 0.5 + 0.5 for whole levels, so less than 2. It also
+    clips there, so the photographs are made flat enough not to overshoot.
+    """
+    from torchvision.transforms.functional import InterpolationMode, center_crop, resize
+
+    config = make_views("imagenet", {**LEVELS, "size": size, "eval_crop": share, "interpolation": interpolation})
+    china, flower = (64 + photo // 2 for photo in photos()[:2])
+    pictures = [flower[:192, :192], flower[:192, :320], china, china[:, :100], ramp(50, 300)]
+    data = shard(tmp_path, [encode(image) for image in pictures])
+    graph = plain_view(reader(data), config, batch_size=len(pictures), device_id=None, num_threads=1)
+    got, digits = graph.run()
+    got, shorter = np.array(got.as_array()), round(size / share)
+    mode = {"linear": InterpolationMode.BILINEAR, "cubic": InterpolationMode.BICUBIC}[interpolation]
+    compared = 0
+    for view, label in zip(got, labels(digits), strict=True):
+        image = pictures[label]
+        exact = oracle.centre_crop(image.astype(float), size, shorter, interpolation).clip(0, 255)
+        assert np.abs(view - exact).max() <= 0.6, f"image {label}"  # 0.02 is DALI's table of the cubic
+        scaled = np.array(image.shape[:2]) * shorter / min(image.shape[:2])
+        if np.array_equal(scaled, scaled.round()) and ((scaled - size) % 2 == 0).all():
+            theirs = center_crop(resize(Image.fromarray(image), [shorter], mode), [size, size])
+            assert np.abs(view - np.array(theirs, float))[2:-2, 2:-2].max() <= 1
+            compared += 1
+    assert compared >= 2
+
+
+# ---- GPU -----------------------------------------------------------------------------------------------------------
+
+
+def operators(graph: Any) -> list[tuple[str, str]]:
+    """(operator, "cpu", "gpu" or "mixed") of every node; DALI has no public way to ask before a graph is built."""
+    graph._build_graph()
+    return [(getattr(node._op, "schema_name", type(node._op).__name__), node._op.device) for node in graph._ops]
+
+
+@pytest.mark.parametrize("config", [VIEWS["imagenet"], VIEWS["cifar"]])
+def test_the_gpu_graph_can_be_defined_and_keeps_every_pixel_on_the_gpu(tmp_path: Path, config: ViewConfig) -> None:
+    """Without a GPU: each node has a backend on the device it is put on, and all that touches pixels is on the GPU.
+
+    What a GPU alone shows is in test_gpu_views_equal_cpu_views.
+    """
+    import nvidia.dali.backend
+
+    backend: Any = nvidia.dali.backend
+    data = shard(tmp_path, [encode(noise(8, 8))])
+    graphs = [
+        two_views(reader(data), config, lambda _: (plain(1), plain(1)), batch_size=1, device_id=0, num_threads=1),
+        plain_view(reader(data), config, batch_size=1, device_id=0, num_threads=1),
+    ]
+    known = {
+        "cpu": set(backend.RegisteredCPUOps()),
+        "gpu": set(backend.RegisteredGPUOps()),
+        "mixed": set(backend.RegisteredMixedOps()),
+    }
+    for graph in graphs:
+        nodes = operators(graph)
+        assert len(nodes) > 4
+        for name, device in nodes:
+            assert name in known[device], f"{name} has no {device} backend"
+        on = {name: device for name, device in nodes if device != "cpu"}
+        assert on["decoders__Image"] == "mixed"
+        assert on["Resize"] == on["CropMirrorNormalize"] == "gpu"
+    on = dict(operators(graphs[0]))
+    assert on["CoordTransform"] == on["reductions__Mean"] == "gpu"
+    assert on.get("GaussianBlur") == ("gpu" if config.blur_p else None)
+
+
+@pytest.mark.gpu
+def test_gpu_views_equal_cpu_views(tmp_path: Path) -> None:
+    """The same draws on PNGs: at most what two graphs may each be off the oracle by, and 0.1 levels on average."""
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device: the GPU graph is only defined here, not run")
+    config = make_views("stl10", LEVELS)
+    pictures = photos() + extremes()
+    data = shard(tmp_path, [encode(image) for image in pictures])
+    order = labels(plain_view(reader(data), config, batch_size=12, device_id=None, num_threads=1).run()[1])
+    drawn = draw(config, seed=2, epoch=1, position=0, n=12)
+    outputs = {}
+    for device in (None, 0):
+        graph = two_views(reader(data), config, lambda _: drawn, batch_size=12, device_id=device, num_threads=2)
+        outputs[device] = [np.array(out.as_cpu().as_array()) for out in graph.run()[:2]]
+    for draws, cpu, gpu in zip(drawn, outputs[None], outputs[0], strict=True):
+        for row, label in enumerate(order):
+            off = np.abs(cpu[row] - gpu[row])
+            assert off.max() <= 2 * allowed(config, draws, row), f"image {label}"
+        assert np.abs(cpu - gpu).mean() < 0.1

@@ -1,0 +1,548 @@
+"""Every rank gets equally many batches, every sample at most once an epoch, and any position comes back exactly."""
+
+import dataclasses
+import io
+import itertools
+import json
+import tarfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.loader import Batch, Loader, LoaderError, build_eval_loader, build_loader
+from pipeline.shards import Dataset, Sample, read_dataset, write_shards
+from pipeline.views import ViewConfig, make_views
+
+CPU = torch.device("cpu")
+NUM = 23
+TINY = make_views("cifar", {"size": 8})
+# No colour operations, and pixels come out as grey levels: a flat image stays what it is, however it is cropped.
+FLAT = make_views("cifar", {"size": 8, "jitter_p": 0.0, "grayscale_p": 0.0, "mean": [0.0] * 3, "std": [1 / 255] * 3})
+
+
+def encode(pixels: Any, format: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.asarray(pixels, np.uint8)).save(file, format)
+    return file.getvalue()
+
+
+def flat(i: int, format: str = "PNG") -> bytes:
+    """10 x 12 pixels of a colour that no other i has."""
+    return encode(np.broadcast_to(colour(i), (10, 12, 3)), format)
+
+
+def colour(i: int) -> list[int]:
+    return [8 * (i % 32), 8 * (i // 32), 255 - 8 * (i % 32)]
+
+
+def noise(i: int, format: str = "PNG") -> bytes:
+    return encode(np.random.default_rng(i).integers(0, 256, (24, 20, 3)), format)
+
+
+def write(out: Path, images: list[bytes], *, shard_size: int = 5, labelled: bool = True, seed: int = 0) -> Dataset:
+    """Labels are identities."""
+    samples = [Sample(f"{i}", i if labelled else None, image) for i, image in enumerate(images)]
+    classes = [str(i) for i in range(len(images))] if labelled else None
+    return write_shards(samples, out, classes=classes, shard_size=shard_size, seed=seed)
+
+
+@pytest.fixture(scope="module")
+def flats(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """23 flat images in 5 shards of 4 or 5; read only."""
+    return write(tmp_path_factory.mktemp("flat") / "set", [flat(i) for i in range(NUM)])
+
+
+@pytest.fixture(scope="module")
+def noises(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """23 images of noise in 5 shards; read only."""
+    return write(tmp_path_factory.mktemp("noise") / "set", [noise(i) for i in range(NUM)])
+
+
+def build(dataset: Dataset, batch_size: int = 4, views: ViewConfig = TINY, **options: Any) -> Loader:
+    return build_loader(dataset, views, batch_size, CPU, **{"seed": 5, "num_threads": 1, "shuffle": 6, **options})
+
+
+def ranks(dataset: Dataset, world_size: int, batch_size: int, **options: Any) -> list[Loader]:
+    return [build(dataset, batch_size, rank=rank, world_size=world_size, **options) for rank in range(world_size)]
+
+
+def labels(batch: Batch) -> list[int]:
+    assert batch.labels is not None
+    assert batch.labels.dtype == torch.int64
+    return batch.labels.tolist()
+
+
+def equal(a: Batch, b: Batch) -> bool:
+    """Bit by bit, place included."""
+    return torch.equal(a.views, b.views) and labels(a) == labels(b) and (a.epoch, a.position) == (b.epoch, b.position)
+
+
+def stored(dataset: Dataset) -> list[int]:
+    """Labels in the order of the shards, as Python's tarfile sees them."""
+    found = []
+    for path in dataset.tars:
+        with tarfile.open(path) as tar:
+            found += [int(tar.extractfile(member).read()) for member in tar if member.name.endswith(".cls")]  # type: ignore[union-attr]
+    return found
+
+
+def position_of(dataset: Dataset, label: int) -> tuple[Path, dict[str, tuple[int, int]]]:
+    """The tar that holds a sample, and {extension: (offset, size)} of its members."""
+    for path in dataset.tars:
+        with tarfile.open(path) as tar:
+            members = tar.getmembers()
+            for member in members:
+                if member.name.endswith(".cls") and int(tar.extractfile(member).read()) == label:  # type: ignore[union-attr]
+                    key = member.name.removesuffix(".cls")
+                    same = [m for m in members if m.name.split(".")[0] == key]
+                    return Path(path), {m.name.split(".")[1]: (m.offset_data, m.size) for m in same}
+    raise AssertionError(f"no sample {label}")
+
+
+# ---- epochs and ranks ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("num", "shard_size", "world_size", "batch_size"),
+    [
+        (23, 5, 1, 4),
+        (23, 5, 2, 4),
+        (23, 5, 3, 6),
+        (23, 5, 4, 8),
+        (22, 7, 3, 3),
+        (29, 3, 4, 4),  # parts of 7, 7, 7 and 8 samples
+        (24, 24, 3, 6),  # nothing is left over
+        (17, 17, 4, 16),  # one batch, parts of 4 and 5
+    ],
+)
+@pytest.mark.parametrize("shuffle", [6, 2048])
+def test_each_sample_comes_at_most_once_an_epoch_and_only_the_last_global_batch_is_dropped(
+    tmp_path: Path, num: int, shard_size: int, world_size: int, batch_size: int, shuffle: int
+) -> None:
+    """Every rank gives num // batch_size batches, no label comes twice, and each of three epochs has its own order."""
+    data = write(tmp_path / "set", [flat(i) for i in range(num)], shard_size=shard_size)
+    loaders = ranks(data, world_size, batch_size, shuffle=shuffle)
+    assert {loader.steps_per_epoch for loader in loaders} == {num // batch_size}
+    orders = []
+    for epoch in range(3):
+        order = []
+        for step in range(num // batch_size):
+            for loader in loaders:
+                batch = next(loader)
+                assert (batch.epoch, batch.position) == (epoch, step * batch_size)
+                order += labels(batch)
+        assert len(order) == num // batch_size * batch_size
+        assert max(Counter(order).values()) == 1
+        orders.append(order)
+    # two shuffles of 16 or more samples coincide with probability below 1e-9
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+def test_every_sample_is_dropped_in_turn(flats: Dataset) -> None:
+    """3 of 23 are left out of an epoch, others each time: over 20 epochs each sample has come."""
+    loader = build(flats, 10, shuffle=2048)
+    seen = {label for _ in range(2 * 20) for label in labels(next(loader))}
+    assert seen == set(range(NUM))
+
+
+@pytest.mark.parametrize("shuffle", [1, 6])
+def test_the_order_depends_on_the_seed_also_that_of_the_shards(flats: Dataset, shuffle: int) -> None:
+    """With a buffer of one only the order of the shards is drawn, from the second epoch on."""
+    orders = []
+    for seed in range(4):
+        loader = build(flats, 4, seed=seed, shuffle=shuffle)
+        orders.append([labels(next(loader)) for _ in range(10)][5:])
+    assert sum(a == b for a, b in itertools.combinations(orders, 2)) < 2  # one pair in 5! = 120 agrees by chance
+
+
+def test_without_shuffle_batches_follow_the_shards(flats: Dataset) -> None:
+    loader = build(flats, 4, shuffle=0)
+    for _ in range(2):
+        assert [label for _ in range(NUM // 4) for label in labels(next(loader))] == stored(flats)[: NUM // 4 * 4]
+
+
+def test_the_same_arguments_give_the_same_batches_with_any_number_of_threads(noises: Dataset) -> None:
+    for a, b, _ in zip(build(noises, num_threads=1), build(noises, num_threads=3), range(7), strict=False):
+        assert equal(a, b)
+
+
+def test_another_seed_gives_other_views(noises: Dataset) -> None:
+    """Also of the same samples in the same order."""
+    a, b = next(build(noises, shuffle=0)), next(build(noises, shuffle=0, seed=6))
+    assert labels(a) == labels(b)
+    assert not torch.equal(a.views, b.views)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_views_of_a_position_do_not_depend_on_the_ranks(tmp_path: Path, world_size: int) -> None:
+    """24 copies of one image: rank r of W makes rows r n / W ... of the views that one rank alone makes, bit by bit."""
+    data = write(tmp_path / "set", [noise(0)] * 24)
+    one, many = build(data, 6), ranks(data, world_size, 6)
+    for _ in range(6):
+        whole = next(one)
+        parts = [next(loader) for loader in many]
+        assert {(part.epoch, part.position) for part in parts} == {(whole.epoch, whole.position)}
+        first, second = (torch.cat([part.views.chunk(2)[view] for part in parts]) for view in (0, 1))
+        assert torch.equal(torch.cat([first, second]), whole.views)
+        assert len(torch.unique(whole.views.flatten(1), dim=0)) == 12  # and no two of them are alike
+
+
+def test_an_image_gets_new_views_every_epoch(tmp_path: Path) -> None:
+    """One image, eight epochs of one batch: 16 different views."""
+    loader = build(write(tmp_path / "set", [noise(0)]), 1)
+    views = torch.cat([next(loader).views for _ in range(8)])
+    assert len(torch.unique(views.flatten(1), dim=0)) == 16
+
+
+# ---- the batch -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_batch_is_view_major_channels_last_and_its_own_memory(flats: Dataset, half: bool) -> None:
+    """Rows i and i + n are views of image i with label i; the next batches do not overwrite what was given."""
+    loader = build(flats, 4, FLAT, half=half)
+    batches = [next(loader) for _ in range(12)]
+    for batch in batches:
+        assert batch.views.shape == (8, 3, 8, 8)
+        assert batch.views.dtype == (torch.float16 if half else torch.float32)
+        assert batch.views.is_contiguous(memory_format=torch.channels_last)
+        for row, label in enumerate(labels(batch) * 2):
+            want = torch.tensor(colour(label), dtype=torch.float32)[:, None, None]
+            # whole levels below 256 are exact in float16; scaling by 255 in float32 is off by 255 * 2**-23
+            assert (batch.views[row].float() - want).abs().max() <= 1e-4
+
+
+def test_both_views_of_an_image_differ(noises: Dataset) -> None:
+    first, second = next(build(noises, 8)).views.chunk(2)
+    assert not (first == second).all(dim=(1, 2, 3)).any()
+
+
+def test_an_unlabelled_data_set_has_no_labels(tmp_path: Path) -> None:
+    data = write(tmp_path / "set", [flat(i) for i in range(9)], labelled=False)
+    loader = build(data, 3, FLAT)
+    seen = set()
+    for _ in range(3):
+        batch = next(loader)
+        assert batch.labels is None
+        assert torch.equal(batch.views[:3, :, 0, 0], batch.views[3:, :, 0, 0])
+        seen |= {int(value) for value in batch.views[:3, 0, 0, 0] / 8}
+    assert seen == set(range(9))
+
+
+@pytest.mark.parametrize("formats", [["PNG"], ["JPEG"], ["WEBP"], ["PNG", "JPEG"], ["JPEG", "WEBP", "PNG"]])
+def test_kinds_of_files_can_be_mixed(tmp_path: Path, formats: list[str]) -> None:
+    """A flat colour survives even lossy coding to 6 levels (chroma is rounded), so images cannot be confused."""
+    images = [flat(i, format) for i, format in zip(range(12), itertools.cycle(formats), strict=False)]
+    loader = build(write(tmp_path / "set", images), 4, FLAT)
+    seen = []
+    for _ in range(3):
+        batch = next(loader)
+        seen += labels(batch)
+        for row, label in enumerate(labels(batch) * 2):
+            assert (batch.views[row] - torch.tensor(colour(label))[:, None, None]).abs().max() <= 6
+    assert sorted(seen) == list(range(12))
+
+
+def test_waiting_is_measured_and_can_be_set_back(flats: Dataset) -> None:
+    """wait_s is the time inside next(), less the call itself, and none of that between."""
+    loader = build(flats)
+    spent = 0.0
+    for _ in range(5):
+        start = time.perf_counter()
+        next(loader)
+        spent += time.perf_counter() - start
+        time.sleep(0.02)
+    assert spent / 2 < loader.wait_s <= spent
+    loader.wait_s = 0.0
+    start = time.perf_counter()
+    next(loader)
+    assert 0 < loader.wait_s <= time.perf_counter() - start
+
+
+# ---- position ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("world_size", "rank", "shuffle"), [(1, 0, 6), (1, 0, 0), (2, 1, 2048), (3, 2, 1)])
+def test_a_position_comes_back_exactly_at_every_step_of_three_epochs(
+    noises: Dataset, world_size: int, rank: int, shuffle: int
+) -> None:
+    """Through JSON into a new loader: mid-epoch, at an epoch's end, and every later batch across further ends."""
+    options: dict[str, Any] = {"batch_size": 3 * world_size, "world_size": world_size, "rank": rank, "shuffle": shuffle}
+    loader = build(noises, **options)
+    total = 3 * loader.steps_per_epoch
+    states, batches = [], []
+    for _ in range(total):
+        states.append(json.dumps(loader.state_dict()))
+        batches.append(next(loader))
+    assert batches[-1].epoch == 2
+    for i in sorted({*range(0, total, 4), *range(loader.steps_per_epoch - 1, loader.steps_per_epoch + 2)}):
+        restored = build(noises, **options)
+        restored.load_state_dict(json.loads(states[i]))
+        assert json.dumps(restored.state_dict()) == states[i]  # saving again before the first batch loses nothing
+        for batch in batches[i:]:
+            assert equal(next(restored), batch), f"restored at {i}: batch {batch.position} of epoch {batch.epoch}"
+
+
+def test_a_restored_loader_can_be_saved_and_restored_again(noises: Dataset) -> None:
+    """Also without a batch in between, and in a loader that had been somewhere else."""
+    loader = build(noises)
+    for _ in range(7):
+        next(loader)
+    state = json.loads(json.dumps(loader.state_dict()))
+    want = [next(loader) for _ in range(4)]
+    second, third = build(noises), build(noises)
+    next(third)
+    second.load_state_dict(state)
+    third.load_state_dict(second.state_dict())
+    assert equal(next(third), want[0])
+    assert equal(next(third), want[1])
+    third.load_state_dict(build(noises).state_dict())  # back to the very start
+    assert equal(next(third), next(build(noises)))
+
+
+def test_the_dataset_may_have_moved(noises: Dataset, tmp_path: Path) -> None:
+    """A position belongs to the content of the shards, not to where they lie."""
+    import shutil
+
+    moved = tmp_path / "moved"
+    shutil.copytree(noises.root, moved)
+    loader = build(noises)
+    next(loader)
+    other = build(read_dataset(moved))
+    other.load_state_dict(json.loads(json.dumps(loader.state_dict())))
+    assert equal(next(other), next(loader))
+
+
+def test_a_position_of_another_stream_is_refused_naming_what_differs(noises: Dataset, tmp_path: Path) -> None:
+    """Each argument that a position depends on, alone, and the loader stays usable."""
+    loader = build(noises, 6, world_size=3, rank=1)
+    next(loader)
+    state = json.loads(json.dumps(loader.state_dict()))
+    other = write(tmp_path / "set", [noise(i + 1) for i in range(NUM)])
+    views = dataclasses.replace(TINY, flip_p=0.25)
+    same: dict[str, Any] = {"dataset": noises, "batch_size": 6, "world_size": 3, "rank": 1}
+    changes: list[tuple[dict[str, Any], list[str]]] = [
+        ({"dataset": other}, ["dataset", noises.fingerprint, other.fingerprint]),
+        ({"batch_size": 3}, ["batch_size", "6", "3"]),
+        ({"world_size": 2}, ["world_size", "3", "2"]),
+        ({"rank": 2}, ["rank", "1", "2"]),
+        ({"views": views}, ["views", "flip_p", "0.5", "0.25"]),
+        ({"seed": 6}, ["seed", "5", "6"]),
+        ({"shuffle": 7}, ["shuffle", "6", "7"]),
+    ]
+    for change, names in changes:
+        fresh = build(**{**same, **change})
+        with pytest.raises(ValueError, match=names[0]) as caught:
+            fresh.load_state_dict(state)
+        message = str(caught.value)
+        assert all(name in message for name in names), message
+        others = {"dataset", "batch_size", "world_size", "rank", "views", "seed", "shuffle"} - {names[0]}
+        assert not [name for name in others if f"{name}:" in message], message
+        assert next(fresh).position == 0
+    assert state == json.loads(json.dumps(state))  # and the caller's state is left as it was
+
+
+def test_threads_precision_and_folder_are_no_part_of_a_position(noises: Dataset) -> None:
+    loader = build(noises)
+    next(loader)
+    other = build(noises, num_threads=2, half=True)
+    other.load_state_dict(loader.state_dict())
+    a, b = next(loader), next(other)
+    assert labels(a) == labels(b)
+    torch.testing.assert_close(a.views, b.views.float(), rtol=2**-11, atol=2**-24)
+
+
+# ---- refusals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "world_size", "names"),
+    [
+        (24, 1, ["23 samples", "24"]),
+        (24, 4, ["23 samples", "24", "5 per rank", "6 needed"]),
+        (5, 2, ["5", "2 ranks"]),
+        (2, 3, ["2", "3 ranks"]),
+        (0, 1, ["0"]),
+        (-4, 2, ["-4"]),
+    ],
+)
+def test_batches_that_cannot_be_made_are_refused_before_anything_is_read(
+    flats: Dataset, batch_size: int, world_size: int, names: list[str]
+) -> None:
+    for rank in range(world_size):
+        with pytest.raises(ValueError, match="batch") as caught:
+            build(flats, batch_size, rank=rank, world_size=world_size)
+        assert all(name in str(caught.value) for name in names), caught.value
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_that_the_generators_cannot_take_is_refused_at_once(flats: Dataset, seed: int) -> None:
+    with pytest.raises(ValueError, match=rf"seed.*{seed}"):
+        build(flats, seed=seed)
+
+
+def zero_image(data: bytearray, members: dict[str, tuple[int, int]]) -> bytearray:
+    offset, size = members["png"]
+    data[offset : offset + size] = bytes(size)
+    return data
+
+
+def spoil_label(data: bytearray, members: dict[str, tuple[int, int]]) -> bytearray:
+    data[members["cls"][0]] = ord("x")
+    return data
+
+
+def cut_off(data: bytearray, members: dict[str, tuple[int, int]]) -> bytearray:
+    return data[: members["png"][0]]
+
+
+DAMAGES = pytest.mark.parametrize("damage", [zero_image, spoil_label, cut_off])
+
+
+@DAMAGES
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_shard_damaged_after_the_check_ends_in_one_message_naming_rank_batch_and_folder(
+    tmp_path: Path, damage: Callable[..., bytearray], rank: int
+) -> None:
+    """Batches before the damage come; the damaged one, and every later one, raises LoaderError: no rank slips a batch.
+
+    A caller that went on would train on other samples than the position says, and out of step with the other ranks.
+    """
+    data = write(tmp_path / "set", [noise(i) for i in range(16)], shard_size=4)
+    part = stored(data)[8 * rank : 8 * rank + 8]
+    path, members = position_of(data, part[5])  # in the third batch of this rank
+    path.write_bytes(damage(bytearray(path.read_bytes()), members))
+    loader = build(data, 4, rank=rank, world_size=2, shuffle=0)
+    assert [labels(next(loader)) for _ in range(2)] == [part[:2], part[2:4]]
+    for _ in range(3):
+        with pytest.raises(LoaderError) as caught:
+            next(loader)
+        message = str(caught.value)
+        assert all(name in message for name in (f"rank {rank}", "batch 2 of epoch 0", str(data.root))), message
+        assert "graph.py" not in message  # the reader's complaint, not where our code called it
+        assert message.count("\n") == 0
+    with pytest.raises(LoaderError):
+        loader.state_dict()  # there is no position to come back to
+
+
+def test_a_missing_shard_ends_in_one_message_naming_it(tmp_path: Path) -> None:
+    data = write(tmp_path / "set", [noise(i) for i in range(16)], shard_size=4)
+    Path(data.tars[2]).unlink()
+    loader = build(data)
+    for _ in range(2):
+        with pytest.raises(LoaderError, match=Path(data.tars[2]).name):
+            next(loader)
+
+
+@DAMAGES
+def test_a_damaged_shard_ends_evaluation_with_the_same_message(
+    tmp_path: Path, damage: Callable[..., bytearray]
+) -> None:
+    data = write(tmp_path / "set", [noise(i) for i in range(16)], shard_size=4)
+    part = stored(data)[8:]
+    path, members = position_of(data, part[5])
+    path.write_bytes(damage(bytearray(path.read_bytes()), members))
+    batches = build_eval_loader(data, TINY, 3, CPU, rank=1, world_size=2, num_threads=1)
+    assert next(batches)[1].tolist() == part[:3]
+    with pytest.raises(LoaderError, match="rank 1 could not read batch 1") as caught:
+        list(batches)
+    assert str(data.root) in str(caught.value)
+
+
+# ---- evaluation ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [1, 4, 23, 100])
+def test_evaluation_gives_every_sample_exactly_once_in_order(flats: Dataset, world_size: int, batch_size: int) -> None:
+    """Ranks one after the other give the order of the shards; only a rank's last batch is short."""
+    found: list[int] = []
+    for rank in range(world_size):
+        part = NUM * (rank + 1) // world_size - NUM * rank // world_size
+        sizes = []
+        for images, digits in build_eval_loader(
+            flats, FLAT, batch_size, CPU, rank=rank, world_size=world_size, num_threads=1
+        ):
+            assert images.shape == (len(digits), 3, 8, 8)
+            assert images.is_contiguous(memory_format=torch.channels_last)
+            assert images.dtype == torch.float32
+            want = torch.tensor([colour(label) for label in digits.tolist()], dtype=torch.float32)
+            assert (images - want[:, :, None, None]).abs().max() <= 1e-4
+            sizes.append(len(digits))
+            found += digits.tolist()
+        assert sizes == [batch_size] * (part // batch_size) + [part % batch_size] * (part % batch_size > 0)
+    assert found == stored(flats)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("samples", [1, 4, 10, 23, 50])
+def test_evaluation_can_stop_after_some_samples(flats: Dataset, world_size: int, samples: int) -> None:
+    """All ranks together give that many different ones, or all there are; never more."""
+    found: list[int] = []
+    for rank in range(world_size):
+        for _, digits in build_eval_loader(
+            flats, FLAT, 4, CPU, rank=rank, world_size=world_size, num_threads=1, samples=samples
+        ):
+            found += digits.tolist()
+    assert len(found) == len(set(found)) == min(samples, NUM)
+
+
+def test_evaluation_batches_keep_their_content(noises: Dataset) -> None:
+    """The last batches do not overwrite the first: collected all at once they equal one batch of everything."""
+    parts = list(build_eval_loader(noises, TINY, 3, CPU, num_threads=1))
+    (whole, digits), *rest = build_eval_loader(noises, TINY, NUM, CPU, num_threads=1)
+    assert not rest
+    assert torch.equal(torch.cat([images for images, _ in parts]), whole)
+    assert torch.equal(torch.cat([labels for _, labels in parts]), digits)
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 5])
+def test_ranks_without_samples_evaluate_nothing(tmp_path: Path, world_size: int) -> None:
+    """Fewer samples than ranks: still each exactly once, and the other ranks end at once."""
+    data = write(tmp_path / "set", [flat(i) for i in range(2)])
+    found: list[int] = []
+    for rank in range(world_size):
+        for _, digits in build_eval_loader(data, FLAT, 4, CPU, rank=rank, world_size=world_size, num_threads=1):
+            found += digits.tolist()
+    assert found == stored(data)
+
+
+def test_evaluation_without_labels(tmp_path: Path) -> None:
+    """Labels of -1 that nothing can take for a class; the images are those of the labelled set."""
+    images = [noise(i) for i in range(5)]
+    data = write(tmp_path / "bare", images, labelled=False)
+    twin = write(tmp_path / "labelled", images)
+    for (bare, none), (full, digits) in zip(
+        *(build_eval_loader(each, TINY, 2, CPU, num_threads=1) for each in (data, twin)), strict=True
+    ):
+        assert torch.equal(bare, full)
+        assert none.tolist() == [-1] * len(digits)
+
+
+def test_evaluation_images_equal_torchvisions_resize_and_centre_crop(tmp_path: Path) -> None:
+    """Normalised, to one grey level (both round once or twice), away from the edge; the reader's way included.
+
+    512 x 640 at 1/4: no side is rounded. At the edge torchvision's kernel sees nothing and DALI's the edge pixel.
+    """
+    from torchvision.transforms import v2
+
+    views = make_views("imagenet", {"size": 112})
+    y, x = np.mgrid[:512, :640]
+    waves = [127 + 120 * np.sin(x / (7 + i) + c) * np.cos(y / (9 + c)) for i in range(3) for c in range(3)]
+    pictures = [np.stack(waves[3 * i : 3 * i + 3], 2).astype(np.uint8) for i in range(3)]
+    data = write(tmp_path / "set", [encode(picture) for picture in pictures])
+    theirs = v2.Compose(
+        [v2.Resize(128), v2.CenterCrop(112), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+        + [v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+    )
+    level = 1 / 255 / 0.224
+    for image, label in zip(*next(iter(build_eval_loader(data, views, 3, CPU, num_threads=1))), strict=True):
+        want = theirs(Image.fromarray(pictures[int(label)]))
+        assert (image - want).abs().max() <= 1.01 * level
