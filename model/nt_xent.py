@@ -37,7 +37,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -100,7 +100,6 @@ def nt_xent(
 # ---------------------------------------------------------------------------------------------------- what runs where
 
 
-@torch.compiler.assume_constant_result
 def resolve(
     impl: Impl,
     device: torch.device | str,
@@ -116,10 +115,10 @@ def resolve(
 
     def refusal(name: str) -> str | None:
         if name == "triton":
-            return _triton_refusal(kind, dim, dtype, temperature)
+            return _triton_refusal(torch.device(device), dim, dtype, temperature, operands)
         if name == "chunked":
             return _chunked_refusal(kind, temperature, operands)
-        return None if operands is None else f'the reference multiplies z as it is, not {operands}; leave operands out'
+        return None if operands is None else f"the reference multiplies z as it is, not {operands}; leave operands out"
 
     if impl != "auto":
         if impl not in ("triton", "chunked", "reference"):
@@ -140,21 +139,34 @@ def resolve(
     return "reference", f"stores the matrix; {no_tiles or f'{rows} rows are too few for tiles to pay'}"
 
 
-def _triton_refusal(kind: str, dim: int, dtype: torch.dtype, temperature: float) -> str | None:
-    if find_spec("triton") is None:
-        return "triton is not installed (pip install triton)"
+def _triton_refusal(
+    device: torch.device, dim: int, dtype: torch.dtype, temperature: float, operands: Operands | None
+) -> str | None:
     if dtype == torch.float64:
         return 'its sums are fp32, z is float64; use impl="chunked"'
     if dim > MAX_TRITON_DIM:
-        return f'a row must fit in registers, so at most {MAX_TRITON_DIM} columns, got {dim}; use impl="chunked"'
+        return f'a row must fit in shared memory, so at most {MAX_TRITON_DIM} columns, got {dim}; use impl="chunked"'
     if temperature < MIN_TEMPERATURE:
         return _below_fp32(temperature)
-    if kind == "cuda":
-        major, minor = torch.cuda.get_device_capability()
+    if operands not in (None, "fp16", "bf16", "tf32", "fp32"):
+        return f"operands must be fp16, bf16, tf32 or fp32, got {operands!r}"
+    if device.type != "cuda" and operands == "bf16":
+        return "it needs a CUDA GPU: without one there is only Triton's interpreter, which multiplies bf16 wrongly"
+    return _no_kernels_on(device)
+
+
+@torch.compiler.assume_constant_result  # what the machine has cannot change between two steps
+def _no_kernels_on(device: torch.device) -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
         return None if major >= 8 else f'it needs compute capability 8.0, this GPU has {major}.{minor}; use "chunked"'
     from model.nt_xent_triton import INTERPRETED
 
-    return None if INTERPRETED else f'it needs a CUDA GPU, z is on {kind}; use impl="chunked" (or TRITON_INTERPRET=1)'
+    if device.type == "cpu" and INTERPRETED:
+        return None
+    return f'it needs a CUDA GPU, z is on {device}; use impl="chunked" (or TRITON_INTERPRET=1 for a slow check)'
 
 
 def _chunked_refusal(kind: str, temperature: float, operands: Operands | None) -> str | None:
@@ -162,9 +174,14 @@ def _chunked_refusal(kind: str, temperature: float, operands: Operands | None) -
         return _below_fp32(temperature)
     if operands not in (None, "fp32", "bf16"):
         return f'chunked multiplies fp32 or bf16, not {operands}; on a CUDA GPU use impl="triton"'
-    if operands == "bf16" and not (kind == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+    if operands == "bf16" and not (kind == "cpu" and _cpu_multiplies_bf16()):
         return 'bf16 products inside fp32 need a CPU with bf16 instructions; use operands="fp32"'
     return None
+
+
+@torch.compiler.assume_constant_result
+def _cpu_multiplies_bf16() -> bool:
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _below_fp32(temperature: float) -> str:
@@ -219,18 +236,23 @@ def reference(z: Tensor, temperature: float, *, group: dist.ProcessGroup | None 
 def _nt_xent(
     z: Tensor, temperature: float, impl: str, operands: str, group_name: str, world_size: int, rank: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss (), and for the backward all ranks' u (M, D padded for the kernels) and r (M,), this rank's miss (2n,)."""
+    """The loss (), and for the backward all ranks' u (M, padded D) and r (M,), this rank's miss (2n,)."""
 
     def gather(x: Tensor) -> Tensor:
-        return x if world_size == 1 else collectives.wait_tensor(collectives.all_gather_tensor(x, 0, group_name))
+        if world_size == 1:
+            return x
+        name: Any = group_name
+        return collectives.wait_tensor(collectives.all_gather_tensor(x, 0, name))
 
     forward, _ = _implementation(impl)
-    with torch.autocast(z.device.type, enabled=False):
+    with torch.autocast(z.device.type, enabled=False), _no_team(z.device.type):
         return forward(z.contiguous(), temperature, operands, gather, rank * len(z))
 
 
 @_nt_xent.register_fake
-def _(z: Tensor, temperature: float, impl: str, operands: str, group_name: str, world_size: int, rank: int):
+def _(
+    z: Tensor, _temperature: float, impl: str, operands: str, _group_name: str, world_size: int, _rank: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sums = torch.promote_types(z.dtype, torch.float32)
     if impl == "chunked":
         u = z.new_empty((world_size * len(z), z.shape[1]), dtype=sums)
@@ -247,16 +269,16 @@ def _nt_xent_backward(
 ) -> Tensor:
     """dz (2n, D), from what the forward kept."""
     _, backward = _implementation(impl)
-    with torch.autocast(z.device.type, enabled=False):
+    with torch.autocast(z.device.type, enabled=False), _no_team(z.device.type):
         return backward(grad, z.contiguous(), u, r, miss, temperature, operands, rank * len(z))
 
 
 @_nt_xent_backward.register_fake
-def _(grad: Tensor, z: Tensor, *_) -> Tensor:
+def _(_grad: Tensor, z: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(z, memory_format=torch.contiguous_format)
 
 
-def _keep(ctx, inputs, output) -> None:
+def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     z, temperature, impl, operands, _, _, rank = inputs
     _, u, r, miss = output
     ctx.mark_non_differentiable(u, r, miss)
@@ -264,7 +286,7 @@ def _keep(ctx, inputs, output) -> None:
     ctx.arguments = temperature, impl, operands, rank
 
 
-def _pull_back(ctx, grad: Tensor, *_):
+def _pull_back(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     return _nt_xent_backward(grad, *ctx.saved_tensors, *ctx.arguments), *(None,) * 6
 
 
@@ -294,7 +316,7 @@ def chunked_forward(
     u = gather(local)
     sums = u.new_zeros(2 * n)
 
-    def add(e: Tensor, own: slice, columns: slice, mirror: slice | None) -> None:
+    def add(e: Tensor, own: slice, _columns: slice, mirror: slice | None) -> None:
         sums[own] += e.sum(1)
         if mirror:
             sums[mirror] += e.sum(0)
@@ -340,8 +362,8 @@ def _each_tile(
     Blocks are cut alike in both views, so the other views of a block are exactly another block, and both kinds of
     excluded pairs lie on the main diagonals of square tiles.
 
-    On the CPU each tile runs on one thread: a barrier per product, exp and sum costs more than they do, most of all
-    when a data loader has the cores too. Tiles start in rounds, of which round k pairs block i with block k - i, so
+    On the CPU each tile runs on one thread: a team of threads that meet after every product, exp and sum waits longer
+    than it works as soon as a data loader has the cores too. Tiles start in rounds, of which round k pairs block i with block k - i, so
     that neighbours share no rows; and every block takes its tiles in that order, whichever thread has them, so that
     the result does not depend on the number of threads.
     """
@@ -380,7 +402,7 @@ def _each_tile(
         work.append((i, j, columns, {block: taken[block] for block in (i, j)}))
         for block in {i, j}:
             taken[block] += 1
-    threads = min(torch.get_num_threads(), len(work)) if on_cpu else 1
+    threads = min(_team.size, len(work)) if on_cpu else 1
     with _products(u.device.type, operands):
         if threads == 1:
             for tile in work:
@@ -389,20 +411,44 @@ def _each_tile(
             list(_pool(threads).map(lambda tile: visit(*tile), work))
 
 
+class _Team(threading.local):
+    """How many threads torch would give to one operation of the thread that called nt_xent."""
+
+    size = 1
+
+
+_team = _Team()
+
+
+@contextmanager
+def _no_team(device: str) -> Iterator[None]:
+    """On the CPU, this thread's operations run on it alone inside the block, and `_team.size` tiles run beside it."""
+    if device != "cpu":
+        yield
+        return
+    _team.size = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(_team.size)
+
+
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     """Threads on which torch works alone. torch.set_num_threads speaks for its own thread and for threads to come."""
     barrier = threading.Barrier(threads + 1)
 
     def alone() -> None:
+        torch.get_num_threads()  # a thread's first question sets its number to the process's; only then set our own
         torch.set_num_threads(1)
         torch.set_grad_enabled(False)
         barrier.wait()
 
     pool = ThreadPoolExecutor(threads, "nt_xent")
-    tasks = [pool.submit(alone) for _ in range(threads)]
+    for _ in range(threads):
+        pool.submit(alone)
     barrier.wait()
-    torch.set_num_threads(torch.get_num_threads())
     return pool
 
 
@@ -419,7 +465,7 @@ def _cut(start: int, stop: int, edge: int) -> list[slice]:
 @contextmanager
 def _products(device: str, operands: str) -> Iterator[None]:
     """fp32 matrix products read bf16 inside the block if asked to, fp32 otherwise, whatever the process has set."""
-    matmul = torch.backends.mkldnn.matmul if device == "cpu" else torch.backends.cuda.matmul
+    matmul: Any = (torch.backends.mkldnn if device == "cpu" else torch.backends.cuda).matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16" if operands == "bf16" else "ieee"
     try:
