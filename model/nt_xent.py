@@ -41,9 +41,9 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as collectives
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 Impl = Literal["auto", "triton", "chunked", "reference"]
 Operands = Literal["fp16", "bf16", "tf32", "fp32"]
@@ -222,10 +222,32 @@ def reference(z: Tensor, temperature: float, *, group: dist.ProcessGroup | None 
         positive = rows.roll(len(u) // 2)
         candidates = u
         if group is not None:
-            candidates = collectives.all_gather_tensor_autograd(u, 0, group)
+            candidates = _GatherRows.apply(u, group)
             rows, positive = (index + dist.get_rank(group) * len(u) for index in (rows, positive))
         logits = u @ candidates.T / temperature
         return F.cross_entropy(logits.scatter(1, rows[:, None], -math.inf), positive)
+
+
+class _GatherRows(torch.autograd.Function):
+    """All ranks' rows of u; backwards, every rank's gradient of this rank's rows, added up."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group, ctx.rows = group, len(u)
+        return _gathered(u, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total = grads[0].contiguous()
+        dist.all_reduce(total, group=ctx.group)
+        return total[dist.get_rank(ctx.group) * ctx.rows :][: ctx.rows], None
+
+
+def _gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """All ranks' x, one below the other."""
+    out = x.new_empty((dist.get_world_size(group) * len(x), *x.shape[1:]))
+    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+    return out
 
 
 # ------------------------------------------------------------------------------- the operator around chunked and triton
@@ -239,10 +261,7 @@ def _nt_xent(
     """The loss (), and for the backward all ranks' u (M, padded D) and r (M,), this rank's miss (2n,)."""
 
     def gather(x: Tensor) -> Tensor:
-        if world_size == 1:
-            return x
-        name: Any = group_name
-        return collectives.wait_tensor(collectives.all_gather_tensor(x, 0, name))
+        return x if world_size == 1 else _gathered(x, _resolve_process_group(group_name))  # type: ignore[arg-type]
 
     forward, _ = _implementation(impl)
     with torch.autocast(z.device.type, enabled=False), _no_team(z.device.type):
@@ -333,6 +352,7 @@ def chunked_backward(
 ) -> Tensor:
     """dz (2n, D) in the type of z."""
     n = len(z) // 2
+    inverse_length = unit_rows(z)[1]
     local, local_r = u[first : first + 2 * n], r[first : first + 2 * n]
     du = torch.zeros_like(local)
 
@@ -345,7 +365,7 @@ def chunked_backward(
     _each_tile(u, first, n, temperature, operands, add)
     du -= (miss + miss.roll(n))[:, None] * local.roll(n, 0)
     du -= (du * local).sum(1, keepdim=True) * local
-    return (du * (unit_rows(z)[1] * (grad / (temperature * 2 * n)))).to(z.dtype)
+    return (du * (inverse_length * (grad / (temperature * 2 * n)))).to(z.dtype)
 
 
 def _each_tile(
@@ -362,10 +382,10 @@ def _each_tile(
     Blocks are cut alike in both views, so the other views of a block are exactly another block, and both kinds of
     excluded pairs lie on the main diagonals of square tiles.
 
-    On the CPU each tile runs on one thread: a team of threads that meet after every product, exp and sum waits longer
-    than it works as soon as a data loader has the cores too. Tiles start in rounds, of which round k pairs block i with block k - i, so
-    that neighbours share no rows; and every block takes its tiles in that order, whichever thread has them, so that
-    the result does not depend on the number of threads.
+    On the CPU each tile runs on one thread: a team of threads that meets after every product, exp and sum waits longer
+    than it works as soon as a data loader has the cores too. Tiles start in rounds, of which round k pairs block i with
+    block k - i, so that neighbours share no rows; and every block takes its tiles in that order, whichever thread has
+    them, so that the result does not depend on the number of threads.
     """
     local = u[first : first + 2 * n]
     on_cpu = u.device.type == "cpu"

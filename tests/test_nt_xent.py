@@ -209,11 +209,11 @@ def test_an_error_in_one_tile_reaches_the_caller():
 
 
 def test_chunked_stores_no_matrix():
-    """Extra memory at 8192 rows stays below an eighth of the one fp32 matrix, which the reference keeps three times."""
+    """Extra memory at 8192 rows stays below a quarter of one fp32 matrix, of which the reference keeps several."""
     z = torch.randn(8192, 128, requires_grad=True)
     step = lambda: nt_xent(z, 0.1, impl="chunked").backward()  # noqa: E731
     step()
-    assert peak_extra_mib(step) < 256 / 8
+    assert peak_extra_mib(step) < 256 / 4
 
 
 def test_other_memory_layouts_give_the_same():
