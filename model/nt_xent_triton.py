@@ -27,6 +27,9 @@ from __future__ import annotations
 
 import functools
 import math
+import re
+import subprocess
+import tempfile
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -34,6 +37,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
 
 from model.nt_xent import Gather, shift
 
@@ -100,7 +104,7 @@ def _weights(
     Few tiles hold such pairs, and a branch taken by the whole tile is cheaper than comparing in all of them.
     """
     PRECISION: tl.constexpr = "ieee" if KIND == "fp32" else "tf32"
-    e = tl.exp2(tl.dot(u_i, tl.trans(u_j), input_precision=PRECISION) * scale - bits)
+    e = tl.exp2(tl.fma(tl.dot(u_i, tl.trans(u_j), input_precision=PRECISION), scale, -bits))
     ahead = j0 - first - i0  # of the tile's first row; -BLOCK_J < ahead < BLOCK_I where the diagonal passes through
     own = (ahead < BLOCK_I) & (ahead > -BLOCK_J)
     later = (ahead - n < BLOCK_I) & (ahead - n > -BLOCK_J)
@@ -381,3 +385,76 @@ def _on(device: torch.device) -> AbstractContextManager:
 def _processors(device: torch.device) -> int:
     """Streaming multiprocessors; the interpreter counts as 4, so that it goes through splits and strips too."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+# ---------------------------------------------------------------- what a compiled kernel takes, on any GPU or on none
+
+KERNELS = {
+    "unit_rows": _unit_rows,
+    "row_sums": _row_sums,
+    "close_rows": _close_rows,
+    "gradient": _gradient,
+    "close_gradient": _close_gradient,
+}
+
+
+def resources(kernel: str, capability: int, dim: int, operands: str, shape: Shape | None = None) -> dict[str, int]:
+    """Compiles a kernel as shipped (or in another shape) and reads registers, spills, shared memory and matrix
+    instructions from the machine code. capability is 80 for sm_80. Needs no GPU; Triton's wheel brings the tools."""
+    function, pad = KERNELS[kernel], padded(dim)
+    tuned = dict(zip(("row_sums", "gradient"), shapes(dim, operands), strict=True))
+    shape = shape or tuned.get(kernel, Shape(256, 256, 4, 1))
+    constants = {
+        "D": dim,
+        "PAD": pad,
+        "KIND": operands,
+        "TRIANGLE": True,
+        "PAIRS": _pairs(pad),
+        "BLOCK": shape.block_i,
+        "BLOCK_I": shape.block_i,
+        "BLOCK_J": shape.block_j,
+    }
+    operand = {"fp16": "*fp16", "bf16": "*bf16"}.get(operands, "*fp32")
+    integers = {"rows", "n", "first", "M", "top", "strip", "blocks", "splits"}
+    numbers = {"scale", "bits", "gain", "weight"}
+
+    def kind(name: str) -> str:
+        if name in constants:
+            return "constexpr"
+        return "i32" if name in integers else "fp32" if name in numbers else operand if name == "u" else "*fp32"
+
+    signature = {name: kind(name) for name in function.arg_names}
+    values = {(i,): constants[name] for i, name in enumerate(function.arg_names) if name in constants}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if kind(name)[0] == "*"}
+    compiled = triton.compile(
+        triton.compiler.ASTSource(function, signature, values, aligned),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": shape.num_warps, "num_stages": shape.num_stages},
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = _tool(triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin.name)
+        code = _tool(triton.knobs.nvidia.nvdisasm.path, "-c", cubin.name)
+
+    def number(field: str) -> int:
+        found = re.search(rf"{field}:(\d+)", usage)
+        if found is None:
+            raise RuntimeError(f"cuobjdump does not report {field}: {usage!r}")
+        return int(found[1])
+
+    def count(pattern: str) -> int:
+        return len(re.findall(rf"\b{pattern}\b", code))
+
+    return {
+        "registers": number("REG"),
+        "stack_bytes": number("STACK"),
+        "spills": count("STL") + count("LDL"),
+        "shared_bytes": compiled.metadata.shared,
+        "hgmma": count("HGMMA"),
+        "hmma": count("HMMA"),
+    }
+
+
+def _tool(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -6,7 +6,6 @@ own, and this one compiles.
 
 import math
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 
@@ -18,9 +17,7 @@ from model.nt_xent import nt_xent, resolve, shift
 from tests.oracles import nt_xent as oracle
 from tests.test_nt_xent import CASES, SPECIAL, errors, fp32_margin, projections, run, special
 
-pytest.importorskip("triton", reason="the kernels need Triton, which has no wheel for this platform")
-
-from benchmarks.loss import SHARED_MEMORY_KIB, kernel_resources  # noqa: E402
+kernel_module = pytest.importorskip("model.nt_xent_triton", reason="no Triton here", exc_type=ImportError)
 
 ROUNDING: dict[str, Callable] = {"fp16": oracle.to_fp16, "tf32": oracle.to_mantissa(10), "bf16": oracle.to_mantissa(7)}
 MARGIN = 1.5  # roundings of the kernel and of the model below fall differently; their worst rows differ by less
@@ -37,7 +34,7 @@ def interpreter() -> Iterator[Callable]:
 
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
 def compute(request) -> Callable:
-    """Loss and dz of the kernels for (z, temperature, operands, dtype): interpreted, and on a GPU where there is one."""
+    """Loss and dz of the kernels for (z, temperature, operands, dtype): interpreted, and on a GPU if there is one."""
     if request.param == "interpreter":
         call = request.getfixturevalue("interpreter")
         return lambda z, temperature, operands=None, dtype=torch.float32: call(kernels, z, temperature, operands, dtype)
@@ -73,8 +70,8 @@ def assert_errs_as_its_operands(result, z, temperature, operands=None) -> None:
     assert actual[1] <= MARGIN * allowed[1] + margin
 
 
-# Each size, each width and each temperature at least twice; the whole table is for the CPU paths, which are fast.
-@pytest.mark.parametrize(("n", "dim", "temperature"), CASES[:25:2] + CASES[25::3])
+# Each width and each temperature at least twice; the whole table is for the CPU paths, which are fast.
+@pytest.mark.parametrize(("n", "dim", "temperature"), CASES[:25:2] + CASES[27:28])
 def test_value_and_gradient_err_as_their_operands(compute, n, dim, temperature):
     z = projections(n, dim)
     assert_errs_as_its_operands(compute(z, temperature), z, temperature)
@@ -136,34 +133,36 @@ def test_operator_is_registered_as_torch_asks(interpreter):
 
 
 def check_operator() -> None:
-    z = torch.tensor(projections(6, 8), dtype=torch.float32, requires_grad=True)
+    rows = projections(6, 8)
+    z = torch.tensor(rows, dtype=torch.float32, requires_grad=True)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.swiftclr.nt_xent.default, (z, 0.1, "triton", "", "", 1, 0), test_utils=checks)
     step = torch.compile(lambda z: nt_xent(2 * z, 0.1, impl="triton"), fullgraph=True, backend="aot_eager")
-    step(z).backward()
+    loss = step(z)
+    loss.backward()
     assert z.grad is not None
-    np.testing.assert_allclose(z.grad, oracle.nt_xent_gradient(z.detach().double().numpy(), 0.1), atol=1e-4)
+    assert_errs_as_its_operands((loss.item(), z.grad.double().numpy()), rows, 0.1)
 
 
 # -------------------------------------------------------------------------------------- compiled for GPUs not present
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(("dim", "operands"), [(128, "fp16"), (128, "bf16"), (512, "fp16"), (128, "tf32")])
+@pytest.mark.parametrize(
+    ("capability", "dim", "operands"), [(80, 128, "fp16"), (90, 128, "fp16"), (90, 512, "fp16"), (80, 128, "tf32")]
+)
 def test_shipped_shapes_use_the_matrix_unit_and_spill_nothing(capability, dim, operands):
-    """On every GPU of the generation: sm_80 code must fit the 99 KiB of sm_86 and sm_89 as well."""
-    instruction = {80: "hmma", 90: "hgmma"}[capability]
+    """sm_80 code must fit the 99 KiB of sm_86 and sm_89 as well; sm_90 has 227."""
+    instruction, shared_kib = {80: ("hmma", 99), 90: ("hgmma", 227)}[capability]
     for kernel in ("row_sums", "gradient"):
-        resources = kernel_resources(kernel, capability, dim, operands)
+        resources = kernel_module.resources(kernel, capability, dim, operands)
         assert resources["spills"] == resources["stack_bytes"] == 0
         assert resources[instruction] > 0
-        assert resources["shared_kib"] <= SHARED_MEMORY_KIB[capability]
+        assert resources["shared_bytes"] <= shared_kib * 1024
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-def test_kernels_beside_the_matrix_spill_nothing(capability):
+def test_kernels_beside_the_matrix_spill_nothing():
     for kernel in ("unit_rows", "close_rows", "close_gradient"):
-        assert kernel_resources(kernel, capability, 128, "fp16")["spills"] == 0
+        assert kernel_module.resources(kernel, 80, 128, "fp16")["spills"] == 0
 
 
 # ---------------------------------------------------------------------------------------------------------- on a GPU
