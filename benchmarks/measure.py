@@ -115,6 +115,7 @@ def append(record: Path | str, rows: Sequence[Mapping[str, object]]) -> None:
     if unknown:
         raise ValueError(f"{path.name} has no columns {sorted(unknown)}; new columns need a new record")
     fresh = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="")
         if fresh:
