@@ -5,10 +5,13 @@
     python -m benchmarks.loss --kernels                         registers, spills and shared memory; needs no GPU
 
 Every implementation x rows x (forward, forward+backward), all in turn in one run: rows go to records/loss.csv, the plot
-to records/loss-cpu-4-threads.png (or as many as run) or records/loss-cuda.png. Peers count where they are installed (lightly,
-pytorch-metric-learning). "limit: products" and "limit: exp" are the matrix products and exponentials that remain when
-the symmetry of the matrix is used: on the CPU timed in this run, tile by tile on as many threads; on a GPU computed
-from the product rate measured in this run and from 16 exponentials per clock and multiprocessor.
+to records/loss-cuda.png or, for four threads, records/loss-cpu-4-threads.png. Peers count where they are installed
+(lightly, pytorch-metric-learning). "limit: products" and "limit: exp" are the matrix products and exponentials that
+remain when the symmetry of the matrix is used: on the CPU timed in this run, tile by tile on as many threads; on a GPU
+computed from the product rate measured in this run and from 16 exponentials per clock and multiprocessor.
+
+Read the record's `load`: teams of threads suffer from other processes far more than single ones do, so on a busy
+machine only --threads 1 compares the work.
 """
 
 from __future__ import annotations
