@@ -11,8 +11,8 @@ Work for M rows of length D: sums M^2 D flop (one triangle of tiles: a tile's ro
 its columns), gradient 4 M^2 D, where storing nothing and using no symmetry would take 2 + 4 and two separate gradient
 products 2 + 8. The triangle does not pay backwards: the mirrored product would have to be added to rows that other
 programs own. Exponentials: M^2 / 2 and M^2.
-Memory: u (M D, half precision), partial sums (at most SLAB_MIB), partial gradients (dz itself when one split
-suffices and z is fp32), and a few vectors of M.
+Memory: u (M D, half precision), partial sums (SLAB_MIB and at most 64 floats a row), partial gradients (dz itself when
+one split suffices and z is fp32), and a few vectors of M: about 100 MiB for forwards or backwards at M = 131072.
 
 Letters, in code and comments
     M rows of all ranks, `rows` = 2n of this rank, starting at row `first` of M;  D columns, padded with 0 to PAD
