@@ -1,0 +1,359 @@
+"""NT-Xent against its peers and against the limit of the machine.
+
+    python -m benchmarks.loss                                   CPU: 512 to 16384 rows
+    python -m benchmarks.loss --device cuda --check --tune      GPU: tests first, then block shapes, then 512 to 131072
+    python -m benchmarks.loss --kernels                         registers, spills and shared memory; needs no GPU
+
+Every implementation x rows x (forward, forward+backward), all in turn in one run: rows go to records/loss.csv, the plot
+to records/loss-cuda.png or, for four threads, records/loss-cpu-4-threads.png. Peers count where they are installed
+(lightly, pytorch-metric-learning). "limit: products" and "limit: exp" are the matrix products and exponentials that
+remain when the symmetry of the matrix is used: on the CPU timed in this run, tile by tile on as many threads; on a GPU
+computed from the product rate measured in this run and from 16 exponentials per clock and multiprocessor.
+
+Read the record's `load`: teams of threads suffer from other processes far more than single ones do, so on a busy
+machine only --threads 1 compares the work.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor
+
+from benchmarks.measure import RECORDS, Timing, append, environment, peak_extra_mib, time_interleaved
+from model import nt_xent as module
+from model.nt_xent import nt_xent, resolve
+
+Loss = Callable[[Tensor], Tensor]
+
+CPU_ROWS = [512 * 2**k for k in range(6)]
+CUDA_ROWS = [512 * 2**k for k in range(9)]
+FORWARD, BOTH = "forward", "forward+backward"
+
+
+def main(
+    device: str = "cpu",
+    rows: Annotated[list[int] | None, typer.Option(help="2n; default 512 to 16384, on CUDA to 131072")] = None,
+    dim: int = 128,
+    temperature: float = 0.1,
+    threads: Annotated[
+        int | None, typer.Option(help="of the CPU; one is the fair comparison on a busy machine")
+    ] = None,
+    budget_s: Annotated[float, typer.Option(help="seconds per size and mode, for all contestants together")] = 20.0,
+    check: Annotated[bool, typer.Option(help="first run the GPU tests, and compute-sanitizer on one shape")] = False,
+    tune: Annotated[bool, typer.Option(help="time the kernels in other shapes, into records/loss_tune.csv")] = False,
+    kernels: Annotated[bool, typer.Option(help="only compile, into records/loss_kernels.csv")] = False,
+) -> None:
+    if threads:
+        torch.set_num_threads(threads)
+    if kernels:
+        record_kernels()
+        return
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("no CUDA device here; --kernels compiles without one", param_hint="--device")
+    if device == "cpu" and (check or tune):
+        raise typer.BadParameter("--check and --tune are for --device cuda; the CPU's checks are pytest's")
+    if check:
+        check_kernels()
+    if tune:
+        tune_kernels(dim, temperature)
+    sweep(device, rows or (CUDA_ROWS if device == "cuda" else CPU_ROWS), dim, temperature, budget_s)
+
+
+# ------------------------------------------------------------------------------------------------------- contestants
+
+
+def contestants(device: str, rows: int, dim: int, temperature: float) -> dict[str, Loss]:
+    """Losses of z (rows, dim). Those that store matrices leave when a few of them no longer fit."""
+    found: dict[str, Loss] = {}
+    for name, operands in [
+        ("chunked", None),
+        ("chunked", "bf16"),
+        ("triton", None),
+        ("triton", "bf16"),
+        ("triton", "tf32"),
+    ]:
+        try:
+            resolve(name, device, rows=rows, dim=dim, temperature=temperature, operands=operands)  # type: ignore[arg-type]
+        except ValueError:
+            continue
+        label = f"{name} {operands}" if operands else name
+        found[label] = lambda z, name=name, operands=operands: nt_xent(z, temperature, impl=name, operands=operands)  # type: ignore[misc]
+    if 6 * 4 * rows**2 < _free_bytes(device):
+        found["reference"] = lambda z: nt_xent(z, temperature, impl="reference")
+        torch.compiler.reset()  # or the recompilation limit is met at the fourth size, and eager code timed in silence
+        compiled = torch.compile(module.reference, dynamic=False, fullgraph=True)
+        found["reference, torch.compile"] = lambda z: compiled(z, temperature)
+        found |= _peers(device, rows, temperature)
+    return found
+
+
+def _peers(device: str, rows: int, temperature: float) -> dict[str, Loss]:
+    peers: dict[str, Loss] = {}
+    n = rows // 2
+    try:
+        from lightly.loss import NTXentLoss
+
+        lightly = NTXentLoss(temperature=temperature)
+        peers["lightly"] = lambda z: lightly(z[:n], z[n:])
+    except ImportError:
+        print("lightly is not installed and left out")
+    try:
+        from pytorch_metric_learning.losses import NTXentLoss as MetricLearning
+
+        images = torch.arange(n, device=device).repeat(2)
+        learning = MetricLearning(temperature=temperature)
+        if rows <= 512:  # it pairs all pairs: 2 GiB and seconds at 512 rows, eight times as much at the next size
+            peers["pytorch-metric-learning"] = lambda z: learning(z, images)
+    except ImportError:
+        print("pytorch-metric-learning is not installed and left out")
+    return peers
+
+
+def _free_bytes(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+# --------------------------------------------------------------------------------------------------------- the limit
+
+
+def cpu_limits(rows: int, dim: int) -> dict[str, dict[str, Callable[[], object]]]:
+    """What remains of `chunked` when only its products, or only its exponentials, are done, per mode."""
+    edge = min(module.TILE_ON_CPU, rows // 2)
+    blocks = rows // edge
+    triangle = blocks * (blocks + 1) // 2
+    u, e = torch.randn(edge, dim), torch.rand(edge, edge)
+
+    def logits() -> None:
+        torch.mm(u, u.T)
+
+    def weigh() -> None:
+        torch.mm(e, u)
+
+    def exponentials() -> None:
+        torch.exp(e)
+
+    def work(tasks: list[Callable[[], None]]) -> Callable[[], object]:
+        def run() -> None:
+            with module._no_team("cpu"):
+                if module._team.size == 1:
+                    for task in tasks:
+                        task()
+                else:
+                    list(module._pool(module._team.size).map(lambda task: task(), tasks))
+
+        return run
+
+    return {
+        FORWARD: {"limit: products": work([logits] * triangle), "limit: exp": work([exponentials] * triangle)},
+        BOTH: {
+            "limit: products": work([logits] * 2 * triangle + [weigh] * blocks**2),
+            "limit: exp": work([exponentials] * 2 * triangle),
+        },
+    }
+
+
+def cuda_limits(rows: int, dim: int) -> dict[str, dict[str, float]]:
+    """Milliseconds: M^2 D flop forwards and 5 M^2 D in all, M^2 / 2 exponentials forwards and 3 M^2 / 2 in all."""
+    square = torch.randn(8192, 8192, device="cuda", dtype=torch.float16)
+    ms = time_interleaved({"mm": lambda: square @ square}, warmup=3, min_runs=10)["mm"].median
+    flop_per_ms = 2 * 8192**3 / ms
+    properties = torch.cuda.get_device_properties(0)
+    exp_per_ms = 16 * properties.multi_processor_count * properties.clock_rate  # clock_rate is in kHz
+    return {
+        mode: {
+            "limit: products": products * rows**2 * dim / flop_per_ms,
+            "limit: exp": exponentials * rows**2 / exp_per_ms,
+        }
+        for mode, products, exponentials in ((FORWARD, 1, 0.5), (BOTH, 5, 1.5))
+    }
+
+
+# --------------------------------------------------------------------------------------------------------- the sweep
+
+
+def sweep(device: str, sizes: list[int], dim: int, temperature: float, budget_s: float) -> None:
+    name, reason = resolve("auto", device, dim=dim, temperature=temperature)
+    print(f"auto on {device}: {name} ({reason})")
+    rows_of_record: list[dict[str, object]] = []
+    for rows in sizes:
+        torch.manual_seed(0)
+        z = torch.randn(rows, dim, device=device, requires_grad=True)
+        losses = contestants(device, rows, dim, temperature)
+        where = environment()
+        for mode in (FORWARD, BOTH):
+            runs = {label: _step(loss, z, mode) for label, loss in losses.items()}
+            limits = cpu_limits(rows, dim)[mode] if device == "cpu" else {}
+            timings = time_interleaved(runs | limits, min_runs=5 if rows < 8192 else 3, budget_s=budget_s)
+            if device == "cuda":
+                timings |= {what: Timing(ms, ms, ms, 0) for what, ms in cuda_limits(rows, dim)[mode].items()}
+            for label, timing in timings.items():
+                peak = f"{peak_extra_mib(runs[label]):.1f}" if label in runs else ""
+                row = {"what": "nt_xent", "implementation": label, "mode": mode, "rows": rows, "dim": dim}
+                row |= {"temperature": temperature, **_ms(timing), "peak_mib": peak, **where}
+                rows_of_record.append(row)
+                append("loss.csv", [row])
+        _print_table(rows_of_record, rows)
+    name = "cuda" if device == "cuda" else f"cpu-{torch.get_num_threads()}-threads"
+    _plot(rows_of_record, RECORDS / f"loss-{name}.png")
+
+
+def _step(loss: Loss, z: Tensor, mode: str) -> Callable[[], object]:
+    def forward() -> None:
+        with torch.no_grad():
+            loss(z)
+
+    def both() -> None:
+        z.grad = None
+        loss(z).backward()
+
+    return forward if mode == FORWARD else both
+
+
+def _ms(timing: Timing) -> dict[str, object]:
+    return {
+        "median_ms": f"{timing.median:.4g}",
+        "p20_ms": f"{timing.p20:.4g}",
+        "p80_ms": f"{timing.p80:.4g}",
+        "runs": timing.runs,
+    }
+
+
+def _print_table(record: list[dict[str, object]], rows: int) -> None:
+    print(f"\n{rows} rows{'':20} {'forward ms':>12} {'fwd+bwd ms':>12} {'peak MiB':>9} {'of reference':>13}")
+    here = {(row["implementation"], row["mode"]): row for row in record if row["rows"] == rows}
+    base = here.get(("reference", BOTH))
+    for label in dict.fromkeys(name for name, _ in here):
+        forward, both = here[label, FORWARD], here[label, BOTH]
+        ratio = f"{float(str(base['median_ms'])) / float(str(both['median_ms'])):.2f} x" if base else ""
+        print(f"{label:30} {forward['median_ms']:>12} {both['median_ms']:>12} {both['peak_mib']:>9} {ratio:>13}")
+
+
+def _plot(record: list[dict[str, object]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    both = [row for row in record if row["mode"] == BOTH]
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    time_axes, memory_axes = figure.subplots(1, 2)
+    for label in dict.fromkeys(str(row["implementation"]) for row in both):
+        mine = [row for row in both if row["implementation"] == label]
+        sizes = [int(str(row["rows"])) for row in mine]
+        style = {"color": "0.6", "linestyle": ":" if "exp" in label else "--"} if "limit" in label else {"marker": "o"}
+        time_axes.plot(sizes, [float(str(row["median_ms"])) for row in mine], label=label, **style)  # type: ignore[arg-type]
+        if "limit" not in label:
+            memory_axes.plot(sizes, [max(0.1, float(str(row["peak_mib"]))) for row in mine], label=label, marker="o")
+    time_axes.set(title="forward + backward, median ms", ylabel="ms")
+    memory_axes.set(title="peak extra memory", ylabel="MiB")
+    for axes in (time_axes, memory_axes):
+        axes.set(xscale="log", yscale="log", xlabel="rows (two views of N images)")
+        axes.set_xticks(sorted({int(str(row["rows"])) for row in both}))
+        axes.get_xaxis().set_major_formatter(lambda value, _: f"{value:g}")
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    time_axes.legend(fontsize=8)
+    first = both[0]
+    figure.suptitle(
+        f"NT-Xent, D = {first['dim']}, temperature {first['temperature']}: {first['device']}, "
+        f"{first['threads']} threads, load {first['load']}, torch {first['torch']}, {first['date']}",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=130)
+    print(f"\nplot: {path}")
+
+
+# --------------------------------------------------------------------------------------------------- the kernels alone
+
+
+def check_kernels() -> None:
+    """Stops the benchmark unless the kernels are right on this GPU."""
+    tests = ["tests/test_nt_xent_triton.py", "-q", "-k", "cuda"]
+    if subprocess.run([sys.executable, "-m", "pytest", *tests]).returncode:
+        raise SystemExit("the kernels fail their tests on this GPU; nothing was timed")
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        print("compute-sanitizer is not on PATH; out-of-bounds accesses go unchecked")
+        return
+    one = (
+        "import torch; from model.nt_xent import nt_xent; z = torch.randn(514, 100, device='cuda', requires_grad=True)"
+    )
+    command = [sanitizer, "--error-exitcode", "1", sys.executable, "-c", f"{one}; nt_xent(z, 0.1).backward()"]
+    if subprocess.run(command).returncode:
+        raise SystemExit("compute-sanitizer found errors; nothing was timed")
+
+
+def _shapes() -> Iterator[tuple[int, int, int, int]]:
+    for block_i, block_j in ((64, 32), (64, 64), (128, 32), (128, 64), (128, 128), (64, 128)):
+        for warps in (4, 8):
+            for stages in (2, 3, 4):
+                yield block_i, block_j, warps, stages
+
+
+def tune_kernels(dim: int, temperature: float) -> None:
+    """Times both matrix kernels in many shapes at 2048, 16384 and 65536 rows, and records all, the losers too."""
+    from model import nt_xent_triton as kernels
+
+    scale, bits = math.log2(math.e) / temperature, module.shift(temperature)
+    where = environment()
+    for rows in (2048, 16384, 65536):
+        n = rows // 2
+        u = torch.nn.functional.normalize(torch.randn(rows, dim, device="cuda")).half()
+        u = torch.nn.functional.pad(u, (0, kernels.padded(dim) - dim))
+        r = torch.full((rows,), 1 / rows, device="cuda")
+        runs: dict[str, Callable[[], object]] = {}
+        for cut in _shapes():
+            shape = kernels.Shape(*cut)
+            jobs: dict[str, Callable[[], object]] = {
+                "gradient": partial(kernels.weighted_sums, u, r, n, 0, dim, scale, bits, "fp16", shape)
+            }
+            if shape.block_i == shape.block_j:
+                for name, triangle in (("row_sums triangle", True), ("row_sums whole", False)):
+                    jobs[name] = partial(kernels.row_sums, u, n, 0, scale, bits, "fp16", shape, triangle)
+            for name, job in jobs.items():
+                try:
+                    job()
+                except Exception as error:  # a shape that does not fit this GPU is a result too
+                    print(f"{name} {cut}: {type(error).__name__}")
+                else:
+                    runs[f"{name}|{cut}"] = job
+        timings = time_interleaved(runs, warmup=2, min_runs=10, max_runs=30, budget_s=20)
+        for label, timing in sorted(timings.items(), key=lambda item: item[1].median):
+            name, cut_text = label.split("|")
+            row = {"what": name, "shape": cut_text, "rows": rows, "dim": dim, **_ms(timing), **where}
+            append("loss_tune.csv", [row])
+        for name in ("row_sums triangle", "row_sums whole", "gradient"):
+            best = min((label for label in timings if label.startswith(name)), key=lambda label: timings[label].median)
+            print(f"{rows} rows: {best} {timings[best].median:.4f} ms")
+    print("shipped:", [asdict(shape) for shape in kernels.shapes(dim, "fp16")])
+
+
+def record_kernels() -> None:
+    """Compiles every shipped configuration for sm_80 and sm_90 into records/loss_kernels.csv."""
+    from model import nt_xent_triton as kernels
+
+    versions = environment()
+    for capability in (80, 90):
+        for operands in ("fp16", "bf16", "tf32", "fp32"):
+            for dim in (64, 128, 256, 512):
+                for kernel, shape in zip(("row_sums", "gradient"), kernels.shapes(dim, operands), strict=True):
+                    used = kernels.resources(kernel, capability, dim, operands)
+                    row = {"what": kernel, "target": f"sm_{capability}", "operands": operands, "dim": dim}
+                    row |= {**asdict(shape), **used, "triton": versions["triton"]}
+                    append("loss_kernels.csv", [row | {"commit": versions["commit"], "date": versions["date"]}])
+                    print(*row.values())
+
+
+if __name__ == "__main__":
+    typer.run(main)

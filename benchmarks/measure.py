@@ -1,0 +1,180 @@
+"""How the benchmarks measure, and how they write it down.
+
+environment() -> dict                       where: processor, GPU, driver, versions, commit, date
+time_interleaved({name: f}) -> {name: ms}   all contestants in turn, so that a busy machine slows all alike
+peak_extra_mib(f) -> float                  most memory in use during f() above what was in use before
+append(record, rows)                        rows are added to a CSV, never edited
+"""
+
+from __future__ import annotations
+
+import csv
+import ctypes
+import datetime
+import gc
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+RECORDS = Path(__file__).parent / "records"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of `runs` calls: the median and the 20th and 80th percentiles."""
+
+    median: float
+    p20: float
+    p80: float
+    runs: int
+
+
+def environment() -> dict[str, str]:
+    """What a timing depends on and a reader cannot know. Columns every record shares."""
+    gpu = driver = ""
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_name()
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
+    return {
+        "device": gpu or _processor(),
+        "driver": driver,
+        "threads": str(torch.get_num_threads()),
+        "load": f"{os.getloadavg()[0]:.1f}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "dali": _version("nvidia-dali-cuda130") or _version("nvidia-dali-cuda120"),
+        "commit": _commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def time_interleaved(
+    contestants: Mapping[str, Callable[[], object]],
+    *,
+    warmup: int = 1,
+    min_runs: int = 5,
+    max_runs: int = 50,
+    budget_s: float = 5.0,
+) -> dict[str, Timing]:
+    """Times every contestant once per round, for as many rounds as fit the budget (in seconds, for all together)."""
+    cuda = torch.cuda.is_available()
+    for run in contestants.values():
+        for _ in range(warmup):
+            run()
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    start, rounds = time.perf_counter(), 0
+    while rounds < min_runs or (rounds < max_runs and time.perf_counter() - start < budget_s):
+        for name, run in contestants.items():
+            times[name].append(_cuda_ms(run) if cuda else _cpu_ms(run))
+        rounds += 1
+    return {name: _timing(values) for name, values in times.items()}
+
+
+def peak_extra_mib(run: Callable[[], object]) -> float:
+    """MiB that run() needs above what is in use before it. Warm up first, or its one-time buffers count as well.
+
+    On CUDA what the allocator hands out; on the CPU the resident memory of this process (Linux only), which sees the
+    libraries' own buffers too.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - held) / 2**20
+    ctypes.CDLL(None).malloc_trim(0)  # memory that was freed but not returned would hide as much of what run() takes
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak, to what is resident now
+    before = _resident_mib("VmRSS")
+    run()
+    return _resident_mib("VmHWM") - before
+
+
+def append(record: Path | str, rows: Sequence[Mapping[str, object]]) -> None:
+    """Adds rows to a CSV in benchmarks/records/ (or at a path of its own), which keeps the columns it began with."""
+    path = RECORDS / record
+    if not rows:
+        return
+    columns = list(rows[0])
+    if path.exists():
+        with path.open(newline="") as file:
+            columns = next(csv.reader(file))
+    unknown = {key for row in rows for key in row if key not in columns}
+    if unknown:
+        raise ValueError(f"{path.name} has no columns {sorted(unknown)}; new columns need a new record")
+    fresh = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        if fresh:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def _timing(values: list[float]) -> Timing:
+    values = sorted(values)
+    last = len(values) - 1
+    return Timing(statistics.median(values), values[round(0.2 * last)], values[round(0.8 * last)], len(values))
+
+
+def _cpu_ms(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) * 1e3
+
+
+def _cuda_ms(run: Callable[[], object]) -> float:
+    """Time on the GPU alone, launches included where the host cannot keep ahead."""
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    run()
+    stop.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(stop)
+
+
+def _resident_mib(field: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"no {field} in /proc/self/status; memory on the CPU is measured on Linux only")
+
+
+def _processor() -> str:
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+        unit = ", AMX" if any("amx_bf16" in line for line in lines) else ""
+    except (OSError, StopIteration):
+        name, unit = platform.machine(), ""
+    return f"{name}, {cores} cores{unit}"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _commit() -> str:
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True).stdout.strip()
+
+    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")

@@ -1,0 +1,500 @@
+"""NT-Xent, the loss of SimCLR: each view must find its other view among all the rows of the batch.
+
+    nt_xent(z, temperature, *, group=None, impl="auto", operands=None) -> loss
+    resolve(impl, device, ...) -> (the implementation that runs, why)
+
+Chen et al. 2020, eq. 1 and Algorithm 1, arXiv:2002.05709. With M rows u_i = z_i / |z_i|, p the other view of i and
+s_ij = u_i.u_j,
+
+    loss_i = -log( exp(s_ip / tau) / sum over j != i of exp(s_ij / tau) )
+
+"reference" writes that down and stores the M x M matrix. "chunked" (here) and "triton" (nt_xent_triton.py) store none:
+
+    e_ij   = exp(s_ij / tau)                                      one constant shift serves all rows, see `shift`
+    Q_i    = sum over j != i, p of e_ij    R_i = Q_i + e_ip       sums over the negatives, over all candidates
+    r_i    = 1 / R_i                       miss_i = Q_i r_i       miss is 1 - the probability of the positive
+    loss_i = log(1 + Q_i / e_ip)
+
+Row i appears in its own loss and, as a candidate, in every other one, and e is symmetric; with L the mean over M rows
+
+    dL/du_i = [ sum over j != i, p of e_ij (r_i + r_j) u_j  -  (miss_i + miss_p) u_p ] / (tau M)
+    dL/dz_i = ( dL/du_i - (dL/du_i . u_i) u_i ) / |z_i|
+
+The positive never enters the matrix: e_ip (r_i + r_p) - 2 would cancel to nothing as the views align, and rounding it
+to half precision costs 2 % of the gradient at tau = 0.05 and 88 % at 0.02. Both passes visit every element once, with
+one exp; nothing is added atomically, so equal inputs give bitwise equal results. Between ranks the rows u are gathered,
+then the M numbers r; each rank then has the complete gradient of its own rows and sends none.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+Impl = Literal["auto", "triton", "chunked", "reference"]
+Operands = Literal["fp16", "bf16", "tf32", "fp32"]
+Gather = Callable[[Tensor], Tensor]
+
+# From here up exp(s / tau) of every pair, and the sum of 2^24 of them, are normal fp32 numbers: 2 log2(e) / tau + 25
+# binary digits fit between 2^-126 and 2^127.
+MIN_TEMPERATURE = 0.0128
+MAX_TRITON_DIM = 512
+# Up to here the plain matrix is faster on a CPU: 2.3 against 3.4 ms at 256 rows of 128, 9.9 against 7.7 at 512 (forward
+# and backward, one thread of a Xeon with AMX, torch 2.15).
+SMALL_ON_CPU = 256
+TILE_ON_CPU = 512  # 1 MiB of fp32, which the second-level cache holds; 256 and 1024 took 5 to 70 % longer at 4096 rows
+TILE_ON_GPU = 4096
+
+
+def nt_xent(
+    z: Tensor,
+    temperature: float,
+    *,
+    group: dist.ProcessGroup | None = None,
+    impl: Impl = "auto",
+    operands: Operands | None = None,
+) -> Tensor:
+    """NT-Xent: each row must pick its other view out of all the remaining rows.
+
+    z            (2n, D) projections of any float type, view-major; rows are L2-normalised here, in fp32. A zero row
+                 is similar to nothing (s = 0), its own view included, and gets a zero gradient.
+    temperature  > 0; below 0.0128 only "reference" is exact, and runs. The authors use 0.1 for ImageNet and 0.5 for
+                 CIFAR-10.
+    group        ranks whose rows serve as negatives too, each with as many rows; None keeps to this process.
+    impl         "auto" is what `resolve` says; naming one insists on it.
+    operands     what the matrix products read; sums are fp32. None is fp16 for triton, which also takes bf16, tf32 and
+                 fp32, and fp32 for chunked, which also takes bf16 on processors that multiply it.
+    Returns a () tensor, fp32 (fp64 for fp64 z): the mean over the 2n rows of this rank, so the mean over ranks is the
+    global loss, and averaging the ranks' gradients, as DDP does, gives the gradient of the global loss. (The authors'
+    TensorFlow code adds the two views' means and so reports twice this.) Autocast is switched off inside. The gradient
+    is one level deep for "chunked" and "triton". ValueError for an odd row count or an implementation that cannot run.
+    """
+    if z.ndim != 2 or len(z) == 0 or len(z) % 2:
+        raise ValueError(f"z must be (2n, D), both views of n images stacked; got shape {tuple(z.shape)}")
+    if not z.is_floating_point():
+        raise ValueError(f"z must be floating point, got {z.dtype}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    world_size, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
+    name, _ = resolve(
+        impl, z.device, rows=len(z), dim=z.shape[1], dtype=z.dtype, temperature=temperature, operands=operands
+    )
+    if name == "reference":
+        return reference(z, temperature, group=group)
+    group_name = "" if group is None or world_size == 1 else group.group_name
+    loss, *_ = torch.ops.swiftclr.nt_xent(z, float(temperature), name, operands or "", group_name, world_size, rank)
+    return loss
+
+
+# ---------------------------------------------------------------------------------------------------- what runs where
+
+
+def resolve(
+    impl: Impl,
+    device: torch.device | str,
+    *,
+    rows: int | None = None,
+    dim: int = 128,
+    dtype: torch.dtype = torch.float32,
+    temperature: float = 0.1,
+    operands: Operands | None = None,
+) -> tuple[str, str]:
+    """Names the implementation that `nt_xent` runs, and why. rows is this rank's 2n; None stands for many."""
+    kind = torch.device(device).type
+
+    def refusal(name: str) -> str | None:
+        if name == "triton":
+            return _triton_refusal(torch.device(device), dim, dtype, temperature, operands)
+        if name == "chunked":
+            return _chunked_refusal(kind, temperature, operands)
+        return None if operands is None else f"the reference multiplies z as it is, not {operands}; leave operands out"
+
+    if impl != "auto":
+        if impl not in ("triton", "chunked", "reference"):
+            raise ValueError(f"impl must be auto, triton, chunked or reference, got {impl!r}")
+        if why := refusal(impl):
+            raise ValueError(f'impl="{impl}" cannot run: {why}')
+        return impl, "asked for"
+    no_kernels = refusal("triton") if kind == "cuda" else f"z is on {kind}"
+    if not no_kernels:
+        return "triton", "fused kernels, no matrix stored"
+    no_tiles = refusal("chunked")
+    if not no_tiles and not (kind == "cpu" and operands is None and rows is not None and rows <= SMALL_ON_CPU):
+        if kind == "cuda":
+            warnings.warn(f"NT-Xent runs chunked, several times slower than its kernels: {no_kernels}", stacklevel=3)
+        return "chunked", f"tiles of the matrix, none stored; {no_kernels}"
+    if why := refusal("reference"):
+        raise ValueError(f'operands="{operands}" cannot run on {kind}: {no_tiles}; {why}')
+    return "reference", f"stores the matrix; {no_tiles or f'{rows} rows are too few for tiles to pay'}"
+
+
+def _triton_refusal(
+    device: torch.device, dim: int, dtype: torch.dtype, temperature: float, operands: Operands | None
+) -> str | None:
+    if dtype == torch.float64:
+        return 'its sums are fp32, z is float64; use impl="chunked"'
+    if dim > MAX_TRITON_DIM:
+        return f'a row must fit in shared memory, so at most {MAX_TRITON_DIM} columns, got {dim}; use impl="chunked"'
+    if temperature < MIN_TEMPERATURE:
+        return _below_fp32(temperature)
+    if operands not in (None, "fp16", "bf16", "tf32", "fp32"):
+        return f"operands must be fp16, bf16, tf32 or fp32, got {operands!r}"
+    if device.type != "cuda" and operands == "bf16":
+        return "it needs a CUDA GPU: without one there is only Triton's interpreter, which multiplies bf16 wrongly"
+    return _no_kernels_on(device)
+
+
+@torch.compiler.assume_constant_result  # what the machine has cannot change between two steps
+def _no_kernels_on(device: torch.device) -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return None if major >= 8 else f'it needs compute capability 8.0, this GPU has {major}.{minor}; use "chunked"'
+    from model.nt_xent_triton import INTERPRETED
+
+    if device.type == "cpu" and INTERPRETED:
+        return None
+    return f'it needs a CUDA GPU, z is on {device}; use impl="chunked" (or TRITON_INTERPRET=1 for a slow check)'
+
+
+def _chunked_refusal(kind: str, temperature: float, operands: Operands | None) -> str | None:
+    if temperature < MIN_TEMPERATURE:
+        return _below_fp32(temperature)
+    if operands not in (None, "fp32", "bf16"):
+        return f'chunked multiplies fp32 or bf16, not {operands}; on a CUDA GPU use impl="triton"'
+    if operands == "bf16" and not (kind == "cpu" and _cpu_multiplies_bf16()):
+        return 'bf16 products inside fp32 need a CPU with bf16 instructions; use operands="fp32"'
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _cpu_multiplies_bf16() -> bool:
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _below_fp32(temperature: float) -> str:
+    return f'at temperature {temperature} < {MIN_TEMPERATURE} exp leaves the range of fp32; use impl="reference"'
+
+
+def shift(temperature: float) -> float:
+    """What is subtracted from every logit s / tau, in bits (powers of two), so that e and its sums stay in fp32.
+
+    Unit rows bound the logits by 1 / tau, so no row needs a maximum of its own, and from tau = 0.0143 up not even a
+    shift: 2^24 terms of exp(1 / tau) stay below 2^126. Less shift is more accurate, since logits near 0 round finer.
+    """
+    return max(0.0, math.log2(math.e) / temperature - 101.0)
+
+
+# ----------------------------------------------------------------------------------------- rows, shared by all of them
+
+
+def unit_rows(z: Tensor) -> tuple[Tensor, Tensor]:
+    """(2n, D) rows of z at length 1, and (2n, 1) inverse lengths; fp32, or fp64 for fp64 z.
+
+    Each row is first divided by its largest entry, so that squares neither overflow nor vanish. A row without a normal
+    number in it counts as zero: its unit row and its inverse length are 0, so that its gradient is 0 too.
+    """
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    largest = z.detach().abs().amax(dim=1, keepdim=True)
+    tiny = torch.finfo(z.dtype).tiny
+    scaled = torch.where(largest < tiny, 0.0, z / largest.clamp_min(tiny))
+    length = torch.linalg.vector_norm(scaled, dim=1, keepdim=True).clamp_min(1.0)  # below 1 only for a zero row
+    return scaled / length, torch.where(largest < tiny, 0.0, 1.0 / length / largest.clamp_min(tiny))
+
+
+def reference(z: Tensor, temperature: float, *, group: dist.ProcessGroup | None = None) -> Tensor:
+    """NT-Xent as cross-entropy over the matrix of similarities: what a reader checks first. Any device, any type."""
+    with torch.autocast(z.device.type, enabled=False):
+        u, _ = unit_rows(z)
+        rows = torch.arange(len(u), device=u.device)
+        positive = rows.roll(len(u) // 2)
+        candidates = u
+        if group is not None:
+            candidates = _GatherRows.apply(u, group)
+            rows, positive = (index + dist.get_rank(group) * len(u) for index in (rows, positive))
+        logits = u @ candidates.T / temperature
+        return F.cross_entropy(logits.scatter(1, rows[:, None], -math.inf), positive)
+
+
+class _GatherRows(torch.autograd.Function):
+    """All ranks' rows of u; backwards, every rank's gradient of this rank's rows, added up."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group, ctx.rows = group, len(u)
+        return _gathered(u, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total = grads[0].contiguous()
+        dist.all_reduce(total, group=ctx.group)
+        return total[dist.get_rank(ctx.group) * ctx.rows :][: ctx.rows], None
+
+
+def _gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """All ranks' x, one below the other."""
+    out = x.new_empty((dist.get_world_size(group) * len(x), *x.shape[1:]))
+    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+    return out
+
+
+# ------------------------------------------------------------------------------- the operator around chunked and triton
+# One operator for both, so that torch.compile and CUDA graphs see a single node with a known shape and gradient.
+
+
+@torch.library.custom_op("swiftclr::nt_xent", mutates_args=())
+def _nt_xent(
+    z: Tensor, temperature: float, impl: str, operands: str, group_name: str, world_size: int, rank: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss (), and for the backward all ranks' u (M, padded D) and r (M,), this rank's miss (2n,)."""
+
+    def gather(x: Tensor) -> Tensor:
+        return x if world_size == 1 else _gathered(x, _resolve_process_group(group_name))  # type: ignore[arg-type]
+
+    forward, _ = _implementation(impl)
+    with torch.autocast(z.device.type, enabled=False), _no_team(z.device.type):
+        return forward(z.contiguous(), temperature, operands, gather, rank * len(z))
+
+
+@_nt_xent.register_fake
+def _(
+    z: Tensor, _temperature: float, impl: str, operands: str, _group_name: str, world_size: int, _rank: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sums = torch.promote_types(z.dtype, torch.float32)
+    if impl == "chunked":
+        u = z.new_empty((world_size * len(z), z.shape[1]), dtype=sums)
+    else:
+        from model.nt_xent_triton import operand_type, padded
+
+        u = z.new_empty((world_size * len(z), padded(z.shape[1])), dtype=operand_type(operands))
+    return z.new_empty((), dtype=sums), u, z.new_empty(len(u), dtype=sums), z.new_empty(len(z), dtype=sums)
+
+
+@torch.library.custom_op("swiftclr::nt_xent_backward", mutates_args=())
+def _nt_xent_backward(
+    grad: Tensor, z: Tensor, u: Tensor, r: Tensor, miss: Tensor, temperature: float, impl: str, operands: str, rank: int
+) -> Tensor:
+    """dz (2n, D), from what the forward kept."""
+    _, backward = _implementation(impl)
+    with torch.autocast(z.device.type, enabled=False), _no_team(z.device.type):
+        return backward(grad, z.contiguous(), u, r, miss, temperature, operands, rank * len(z))
+
+
+@_nt_xent_backward.register_fake
+def _(_grad: Tensor, z: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(z, memory_format=torch.contiguous_format)
+
+
+def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    z, temperature, impl, operands, _, _, rank = inputs
+    _, u, r, miss = output
+    ctx.mark_non_differentiable(u, r, miss)
+    ctx.save_for_backward(z, u, r, miss)
+    ctx.arguments = temperature, impl, operands, rank
+
+
+def _pull_back(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    return _nt_xent_backward(grad, *ctx.saved_tensors, *ctx.arguments), *(None,) * 6
+
+
+_nt_xent.register_autograd(_pull_back, setup_context=_keep)
+
+
+def _implementation(name: str) -> tuple[Callable, Callable]:
+    if name == "chunked":
+        return chunked_forward, chunked_backward
+    from model import nt_xent_triton
+
+    return nt_xent_triton.forward, nt_xent_triton.backward
+
+
+# ---------------------------------------------------------------------------------------------------------- chunked
+# One triangle of tiles of the rank's own block, each a product, an exp and a sum in cache; the mirror image of a tile
+# is its transpose. Columns of other ranks have no mirror image here, so their tiles serve this rank's rows alone.
+# Products, in units of M x M x D: 1/2 for the sums, 1/2 + 1 for the gradient, where storing e would take 1 + 2.
+
+
+def chunked_forward(
+    z: Tensor, temperature: float, operands: str, gather: Gather, first: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """loss (), u (M, D), r (M,) and miss (2n,); this rank's rows are [first, first + 2n) of the gathered M."""
+    n = len(z) // 2
+    local, _ = unit_rows(z)
+    u = gather(local)
+    sums = u.new_zeros(2 * n)
+
+    def add(e: Tensor, own: slice, _columns: slice, mirror: slice | None) -> None:
+        sums[own] += e.sum(1)
+        if mirror:
+            sums[mirror] += e.sum(0)
+
+    _each_tile(u, first, n, temperature, operands, add)
+    positive = (local[:n] * local[n:]).sum(1).repeat(2) / temperature - shift(temperature) * math.log(2)
+    r = 1 / (sums + positive.exp())
+    loss = F.softplus(sums.log() - positive, threshold=50).mean()  # log(1 + Q / e_ip), exact for tiny and huge ratios
+    return loss, u, gather(r), sums * r
+
+
+def chunked_backward(
+    grad: Tensor, z: Tensor, u: Tensor, r: Tensor, miss: Tensor, temperature: float, operands: str, first: int
+) -> Tensor:
+    """dz (2n, D) in the type of z."""
+    n = len(z) // 2
+    inverse_length = unit_rows(z)[1]
+    local, local_r = u[first : first + 2 * n], r[first : first + 2 * n]
+    du = torch.zeros_like(local)
+
+    def add(e: Tensor, own: slice, columns: slice, mirror: slice | None) -> None:
+        e *= local_r[own, None] + r[columns]
+        du[own].addmm_(e, u[columns])
+        if mirror:
+            du[mirror].addmm_(e.T, local[own])
+
+    _each_tile(u, first, n, temperature, operands, add)
+    du -= (miss + miss.roll(n))[:, None] * local.roll(n, 0)
+    du -= (du * local).sum(1, keepdim=True) * local
+    return (du * (inverse_length * (grad / (temperature * 2 * n)))).to(z.dtype)
+
+
+def _each_tile(
+    u: Tensor,
+    first: int,
+    n: int,
+    temperature: float,
+    operands: str,
+    add: Callable[[Tensor, slice, slice, slice | None], None],
+) -> None:
+    """Calls add(e, rows, columns, mirror) for every tile: e with self and positive pairs at 0, its rows (of this rank),
+    its columns (of the gathered rows), and the rows (of this rank) that its transpose serves, if it serves any.
+
+    Blocks are cut alike in both views, so the other views of a block are exactly another block, and both kinds of
+    excluded pairs lie on the main diagonals of square tiles.
+
+    On the CPU each tile runs on one thread: a team of threads that meets after every product, exp and sum waits longer
+    than it works as soon as a data loader has the cores too. Tiles start in rounds, of which round k pairs block i with
+    block k - i, so that neighbours share no rows; and every block takes its tiles in that order, whichever thread has
+    them, so that the result does not depend on the number of threads.
+    """
+    local = u[first : first + 2 * n]
+    on_cpu = u.device.type == "cpu"
+    edge = TILE_ON_CPU if on_cpu else TILE_ON_GPU
+    view = _cut(0, n, edge)
+    blocks = view + [slice(b.start + n, b.stop + n) for b in view]
+    count = len(blocks)
+    pairs = [(i, (k - i) % count) for k in range(count) for i in range(count)]
+    tiles = [(i, j, slice(first + blocks[j].start, first + blocks[j].stop)) for i, j in pairs if i <= j]
+    others = _cut(0, first, edge) + _cut(first + 2 * n, len(u), edge)
+    tiles += [(i, i, columns) for columns in others for i in range(count)]
+    turn, taken, moved = [0] * count, [0] * count, threading.Condition()
+    bits, zero = shift(temperature), u.new_zeros(())
+
+    def visit(i: int, j: int, columns: slice, tickets: dict[int, int]) -> None:
+        try:
+            e = torch.addmm(zero, local[blocks[i]], u[columns].T, beta=0, alpha=1 / temperature)
+            if bits:
+                e -= bits * math.log(2)
+            e.exp_()
+            if columns.start - first in (blocks[i].start, (blocks[i].start + n) % (2 * n)):
+                e.fill_diagonal_(0)
+            with moved:
+                moved.wait_for(lambda: all(turn[block] >= ticket for block, ticket in tickets.items()))
+            add(e, blocks[i], columns, blocks[j] if j != i else None)
+        finally:  # also after an error, or the tiles that wait for this one would wait for ever
+            with moved:
+                for block in tickets:
+                    turn[block] += 1
+                moved.notify_all()
+
+    work = []
+    for i, j, columns in tiles:
+        work.append((i, j, columns, {block: taken[block] for block in (i, j)}))
+        for block in {i, j}:
+            taken[block] += 1
+    threads = min(_team.size, len(work)) if on_cpu else 1
+    with _products(u.device.type, operands):
+        if threads == 1:
+            for tile in work:
+                visit(*tile)
+        else:
+            list(_pool(threads).map(lambda tile: visit(*tile), work))
+
+
+class _Team(threading.local):
+    """How many threads torch would give to one operation of the thread that called nt_xent."""
+
+    size = 1
+
+
+_team = _Team()
+
+
+@contextmanager
+def _no_team(device: str) -> Iterator[None]:
+    """On the CPU, this thread's operations run on it alone inside the block, and `_team.size` tiles run beside it."""
+    if device != "cpu":
+        yield
+        return
+    _team.size = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(_team.size)
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Threads on which torch works alone. torch.set_num_threads speaks for its own thread and for threads to come."""
+    barrier = threading.Barrier(threads + 1)
+
+    def alone() -> None:
+        torch.get_num_threads()  # a thread's first question sets its number to the process's; only then set our own
+        torch.set_num_threads(1)
+        torch.set_grad_enabled(False)
+        barrier.wait()
+
+    pool = ThreadPoolExecutor(threads, "nt_xent")
+    for _ in range(threads):
+        pool.submit(alone)
+    barrier.wait()
+    return pool
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked child has none of its parent's threads
+
+
+def _cut(start: int, stop: int, edge: int) -> list[slice]:
+    """[start, stop) in the fewest near-equal pieces of at most edge."""
+    pieces = -(-(stop - start) // edge)
+    bounds = [start + (stop - start) * k // pieces for k in range(pieces + 1)] if pieces else []
+    return [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+@contextmanager
+def _products(device: str, operands: str) -> Iterator[None]:
+    """fp32 matrix products read bf16 inside the block if asked to, fp32 otherwise, whatever the process has set.
+
+    torch has one such switch for all threads: products that other threads start meanwhile follow it too.
+    """
+    matmul: Any = (torch.backends.mkldnn if device == "cpu" else torch.backends.cuda).matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16" if operands == "bf16" else "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
