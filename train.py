@@ -732,6 +732,9 @@ def build_command() -> Callable[..., None]:
     return command
 
 
+# On CPUs torch's threads and DALI's share the cores; threads that spin while they wait would take them from the others.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
 app.command()(build_command())
 

@@ -40,6 +40,13 @@ class Reader:
 
 
 def _read(reader: Reader) -> tuple[DataNode, DataNode | None]:
+    shuffled = {
+        "random_shuffle": True,
+        "initial_fill": reader.shuffle,
+        "seed": reader.seed,
+        "shuffle_after_epoch": True,
+        "shuffle_after_epoch_seed": reader.seed,  # DALI's default is one order of the shards for every run
+    }
     read: Any = fn.readers.webdataset(
         name="reader",
         paths=list(reader.tars),
@@ -49,12 +56,8 @@ def _read(reader: Reader) -> tuple[DataNode, DataNode | None]:
         shard_id=reader.rank,
         num_shards=reader.world_size,
         pad_last_batch=True,  # every epoch starts with a new batch; the loader drops the padded rest
-        random_shuffle=reader.shuffle > 0,
-        initial_fill=max(reader.shuffle, 1),
-        shuffle_after_epoch=reader.shuffle > 0,
-        shuffle_after_epoch_seed=reader.seed,  # DALI's default is one order for every run
-        seed=reader.seed,
         dont_use_mmap=True,  # a shard replaced on disk is then an error message instead of SIGBUS
+        **(shuffled if reader.shuffle else {}),
     )
     if not reader.labelled:  # one extension gives a node, not a list of one
         return read, None
