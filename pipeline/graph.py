@@ -40,7 +40,7 @@ class Reader:
 
 
 def _read(reader: Reader) -> tuple[DataNode, DataNode | None]:
-    shuffled = {
+    shuffled: dict[str, Any] = {
         "random_shuffle": True,
         "initial_fill": reader.shuffle,
         "seed": reader.seed,
