@@ -15,6 +15,7 @@ Chen et al. 2020, arXiv:2002.05709, appendix A; crop law and factor laws as in t
 results use. The authors' TensorFlow crop draws smaller crops and their contrast works per channel.
 """
 
+import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -53,26 +54,32 @@ class ViewConfig:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            bad = ""
-            if name.endswith("_p") and not 0 <= value <= 1:
-                bad = "a probability between 0 and 1"
+            expected = ""
+            numbers = value if isinstance(value, tuple) else (value,)
+            if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+                expected = "finite numbers"
+            elif name.endswith("_p") and not 0 <= value <= 1:
+                expected = "a probability between 0 and 1"
             elif name in ("crop_area", "crop_ratio", "blur_sigma") and not (
                 len(value) == 2 and 0 < value[0] <= value[1]
             ):
-                bad = "two positive numbers, the smaller first"
-            elif name in ("mean", "std") and len(value) != 3:
-                bad = "three numbers, one per channel"
+                expected = "two positive numbers, the smaller first"
+            elif name == "crop_area" and value[1] > 1:
+                expected = "shares of the image, at most 1"
+            elif name == "std" and not (len(value) == 3 and min(value) > 0):
+                expected = "three positive numbers, one per channel"
+            elif name == "mean" and len(value) != 3:
+                expected = "three numbers, one per channel"
             elif name in ("brightness", "contrast", "saturation", "hue", "jitter_strength") and value < 0:
-                bad = "a number of at least 0"
+                expected = "a number of at least 0"
+            elif name in ("eval_crop", "blur_kernel") and not 0 < value <= 1:
+                expected = "a share of the image, above 0 and at most 1"
             elif name == "interpolation" and value not in ("linear", "cubic"):
-                bad = "linear or cubic"
-            if bad:
-                raise ValueError(f"view option {name}: expected {bad}, got {value!r}")
-        if self.size < 8 or self.crop_area[1] > 1 or not 0 < self.eval_crop <= 1 or min(self.std) <= 0:
-            raise ValueError(
-                "views need size >= 8, crop_area <= 1, 0 < eval_crop <= 1 and std > 0; got "
-                f"size {self.size}, crop_area {self.crop_area}, eval_crop {self.eval_crop}, std {self.std}"
-            )
+                expected = "linear or cubic"
+            elif name == "size" and value < 8:
+                expected = "at least 8 pixels"
+            if expected:
+                raise ValueError(f"view option {name}: expected {expected}, got {value!r}")
 
     def pixels(self, views: Any) -> Any:
         """Normalised views (m, 3, S, S), a tensor of any float type, back as float32 pixels in [0, 1]."""
@@ -118,8 +125,9 @@ def make_views(base: str | ViewConfig, changes: Mapping[str, Any] | None = None)
         if name not in vars(base):
             raise ValueError(f"unknown view option {name!r}; choose one of {', '.join(vars(base))}")
         kind = type(getattr(base, name))
-        value = tuple(value) if kind is tuple and isinstance(value, (list, tuple)) else value
-        value = float(value) if kind is float and type(value) is int else value
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        if kind in (tuple, float) and all(type(number) in (int, float) for number in numbers):
+            value = tuple(map(float, numbers)) if isinstance(value, (list, tuple)) else float(value)
         if type(value) is not kind:
             raise ValueError(
                 f"view option {name}: expected {kind.__name__} like {getattr(base, name)!r}, got {value!r}"

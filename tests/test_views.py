@@ -352,6 +352,9 @@ def test_changes_apply_to_a_preset_and_leave_the_rest() -> None:
         ({"std": [0.5, 0.5, 0.0]}, "std"),
         ({"interpolation": "lanczos"}, "interpolation"),
         ({"eval_crop": 0.0}, "eval_crop"),
+        ({"mean": ["a", 0, 0]}, "mean"),
+        ({"jitter_strength": math.nan}, "jitter_strength"),
+        ({"blur_kernel": 0.0}, "blur_kernel"),
     ],
 )
 def test_views_that_make_no_sense_are_refused_by_name(changes: dict[str, Any], names: str) -> None:
