@@ -267,11 +267,11 @@ def _plot(record: list[dict[str, object]], path: Path) -> None:
     first = both[0]
     figure.suptitle(
         f"NT-Xent, D = {first['dim']}, temperature {first['temperature']}: {first['device']}, "
-        f"{first['threads']} threads, load {first['load']}, torch {first['torch']}, {first['date']}",
+        f"{first['threads']} thread(s), load {first['load']}, torch {first['torch']}, {first['date']}",
         fontsize=10,
     )
     figure.savefig(path, dpi=130)
-    print(f"\nplot: {path}")
+    print(f"\nplot: {path.relative_to(RECORDS.parent)}")
 
 
 # --------------------------------------------------------------------------------------------------- the kernels alone

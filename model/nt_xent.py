@@ -338,12 +338,10 @@ def chunked_forward(
     u = gather(local)
     sums = u.new_zeros(2 * n)
 
-    def add(e: Tensor, own: slice, _columns: slice, mirror: slice | None) -> None:
-        sums[own] += e.sum(1)
-        if mirror:
-            sums[mirror] += e.sum(0)
+    def shares(e: Tensor, _own: slice, _columns: slice, mirrored: bool) -> tuple[Tensor, Tensor | None]:
+        return e.sum(1), e.sum(0) if mirrored else None
 
-    _each_tile(u, first, n, temperature, operands, add)
+    _add_tiles(sums, u, first, temperature, operands, shares)
     positive = (local[:n] * local[n:]).sum(1).repeat(2) / temperature - shift(temperature) * math.log(2)
     r = 1 / (sums + positive.exp())
     loss = F.softplus(sums.log() - positive, threshold=50).mean()  # log(1 + Q / e_ip), exact for tiny and huge ratios
@@ -359,37 +357,33 @@ def chunked_backward(
     local, local_r = u[first : first + 2 * n], r[first : first + 2 * n]
     du = torch.zeros_like(local)
 
-    def add(e: Tensor, own: slice, columns: slice, mirror: slice | None) -> None:
+    def shares(e: Tensor, own: slice, columns: slice, mirrored: bool) -> tuple[Tensor, Tensor | None]:
         e *= local_r[own, None] + r[columns]
-        du[own].addmm_(e, u[columns])
-        if mirror:
-            du[mirror].addmm_(e.T, local[own])
+        return e @ u[columns], e.T @ local[own] if mirrored else None
 
-    _each_tile(u, first, n, temperature, operands, add)
+    _add_tiles(du, u, first, temperature, operands, shares)
     du -= (miss + miss.roll(n))[:, None] * local.roll(n, 0)
     du -= (du * local).sum(1, keepdim=True) * local
     return (du * (inverse_length * (grad / (temperature * 2 * n)))).to(z.dtype)
 
 
-def _each_tile(
-    u: Tensor,
-    first: int,
-    n: int,
-    temperature: float,
-    operands: str,
-    add: Callable[[Tensor, slice, slice, slice | None], None],
+def _add_tiles(
+    total: Tensor, u: Tensor, first: int, temperature: float, operands: str, shares: Callable[..., tuple]
 ) -> None:
-    """Calls add(e, rows, columns, mirror) for every tile: e with self and positive pairs at 0, its rows (of this rank),
-    its columns (of the gathered rows), and the rows (of this rank) that its transpose serves, if it serves any.
+    """Adds every tile's shares to total (2n, ...), one number or row for each row of this rank.
+
+    shares(e, rows, columns, mirrored) gets a tile of e with self and positive pairs at 0, its rows (of this rank) and
+    its columns (of the gathered rows), and returns what its rows receive and, if mirrored, what its columns do.
 
     Blocks are cut alike in both views, so the other views of a block are exactly another block, and both kinds of
     excluded pairs lie on the main diagonals of square tiles.
 
     On the CPU each tile runs on one thread: a team of threads that meets after every product, exp and sum waits longer
     than it works as soon as a data loader has the cores too. Tiles start in rounds, of which round k pairs block i with
-    block k - i, so that neighbours share no rows; and every block takes its tiles in that order, whichever thread has
-    them, so that the result does not depend on the number of threads.
+    block k - i, so that neighbours share no rows; and every block adds its shares up in that order, whichever thread
+    has them, so that the result does not depend on the number of threads.
     """
+    n = len(total) // 2
     local = u[first : first + 2 * n]
     on_cpu = u.device.type == "cpu"
     edge = TILE_ON_CPU if on_cpu else TILE_ON_GPU
@@ -411,9 +405,12 @@ def _each_tile(
             e.exp_()
             if columns.start - first in (blocks[i].start, (blocks[i].start + n) % (2 * n)):
                 e.fill_diagonal_(0)
+            mine, mirrored = shares(e, blocks[i], columns, j != i)
             with moved:
                 moved.wait_for(lambda: all(turn[block] >= ticket for block, ticket in tickets.items()))
-            add(e, blocks[i], columns, blocks[j] if j != i else None)
+            total[blocks[i]] += mine
+            if mirrored is not None:
+                total[blocks[j]] += mirrored
         finally:  # also after an error, or the tiles that wait for this one would wait for ever
             with moved:
                 for block in tickets:

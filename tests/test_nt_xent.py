@@ -205,7 +205,7 @@ def test_an_error_in_one_tile_reaches_the_caller():
         raise MemoryError("no room for this tile")
 
     with pytest.raises(MemoryError, match="no room"):
-        module._each_tile(u, 0, 1500, 0.1, "", fail)
+        module._add_tiles(torch.zeros(3000), u, 0, 0.1, "", fail)
 
 
 def test_chunked_stores_no_matrix():
