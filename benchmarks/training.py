@@ -33,29 +33,29 @@ def record(
         "images_per_s_median": statistics.median(row["images_per_s"] for row in speed),
         "data_wait_percent_median": statistics.median(row["data_wait_percent"] for row in speed),
         "peak_mib": max(row["peak_mib"] for row in speed),
-        "training_s": round(_training_s(speed), 1),
         **environment(),
         "threads": config["cpu_threads"] or "",
     }
-    unscored = {"step": metrics[-1]["step"], "knn_top1": ""}  # a run for speed alone
-    rows = [{"step": row["step"], "knn_top1": round(row["knn"], 5)} for row in scored] or [unscored]
+    rows = [
+        {"step": row["step"], "knn_top1": row.get("knn", ""), "training_s": round(_training_s(speed, row["step"]), 1)}
+        for row in scored or metrics[-1:]  # a run for speed alone has one row without accuracy
+    ]
     append("training.csv", [{**row, **facts} for row in rows])
     _draw(RECORDS / f"training-{name}.png", name, metrics, scored, facts)
-    for row in scored:
-        typer.echo(f"step {row['step']:>7}  kNN {100 * row['knn']:.2f} %")
-    typer.echo(
-        f"{facts['images_per_s_median']:.0f} images/s, {facts['training_s']:.0f} s of training on {facts['device']}"
-    )
+    for row in rows:
+        typer.echo(f"step {row['step']:>7}  {row['training_s']:>8.1f} s of training  kNN {row['knn_top1']}")
+    typer.echo(f"{facts['images_per_s_median']:.0f} images/s on {facts['device']}")
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def _training_s(speed: list[dict[str, Any]]) -> float:
-    """Seconds of training alone: a row's step time holds for the steps since the row before."""
+def _training_s(speed: list[dict[str, Any]], step: int) -> float:
+    """Seconds of training alone up to `step`: a row's step time holds for the steps since the row before."""
     before = [0, *(row["step"] for row in speed)]
-    return sum((row["step"] - start) * row["step_ms"] / 1000 for start, row in zip(before, speed, strict=False))
+    rows = [(row, row["step"] - start) for start, row in zip(before, speed, strict=False) if row["step"] <= step]
+    return sum(steps * row["step_ms"] / 1000 for row, steps in rows)
 
 
 def _draw(
