@@ -241,6 +241,7 @@ def train(
         cpu=not cuda,
         mixed_precision=config.precision,
         log_with=config.track or None,
+        project_dir=".",  # the run folder, once it is known
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timedelta(minutes=10)),
             DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
@@ -262,7 +263,7 @@ def train(
     group = dist.group.WORLD if world_size > 1 else None
     out = broadcast_object_list([out or next_free(Path("runs") / recipe)])[0]
     assert out is not None
-    accelerator.project_configuration.set_directories(str(out))
+    accelerator.project_configuration.project_dir = accelerator.project_configuration.logging_dir = str(out)
 
     # Data
     if not config.data:

@@ -129,7 +129,8 @@ def test_a_wrong_file_ends_in_one_message(text: str, named: str, tmp_path: Path,
 def test_a_run_leaves_its_folder_complete(shards: Path, tmp_path: Path) -> None:
     """Nine steps cross two epochs; every file a user or a tool looks for is there and says the same."""
     out = tmp_path / "run"
-    done = run("--data", str(shards), "--eval-data", str(shards), "--out", str(out), "--steps", "9", "--log-every", "4")
+    common = ("--data", str(shards), "--eval-data", str(shards), "--out", str(out), "--steps", "9")
+    done = run(*common, "--log-every", "4", "--track", "tensorboard")
     assert done.exit_code == 0, done.output
     assert [row["step"] for row in rows(out) if "loss" in row] == list(range(1, 10))
     assert [row["step"] for row in rows(out) if "knn" in row] == [0, 9]
@@ -141,6 +142,7 @@ def test_a_run_leaves_its_folder_complete(shards: Path, tmp_path: Path) -> None:
     assert newest is not None
     assert newest.name == "step-0000009"
     assert load_encoder(out / "encoder").num_features == 64
+    assert list((out / "swiftclr").rglob("events.out.tfevents*"))
     assert "step 9/9 100% | loss" in done.output
     assert "data_wait" in done.output
 
