@@ -392,9 +392,11 @@ def train(
         loaders = gather_object([loader.state_dict()])
         if main:
             extra = {"config": asdict(config), "recipe": recipe, "loaders": loaders}
-            checkpoint.save(
-                out / "checkpoints", step, model=network, optimizer=optimizer, extra=extra, keep=config.keep
-            )
+            folder = out / "checkpoints"
+            try:
+                checkpoint.save(folder, step, model=network, optimizer=optimizer, extra=extra, keep=config.keep)
+            except ValueError as error:  # training broke the weights before any loss showed it
+                raise FloatingPointError(f"{error}. Lower --base-lr, and start anew") from error
         log.status("running", step)
 
     with log.outcome(lambda: step):
@@ -446,10 +448,11 @@ def train(
         f"encoder      {path}\ncheckpoints  {out / 'checkpoints'}\nmetrics      {out / 'metrics.jsonl'}\n"
         f"views        {out / 'views.png'}"
     )
-    if queries:
-        before, after = log.first_and_last_knn()
+    scores = log.knn()
+    if 0 in scores and total_steps in scores:  # a resumed run may have been given its queries on the way
         accelerator.print(
-            f"kNN accuracy {100 * before:.2f} % at random initialisation, {100 * after:.2f} % after training"
+            f"kNN accuracy {100 * scores[0]:.2f} % at random initialisation, "
+            f"{100 * scores[total_steps]:.2f} % after training"
         )
     accelerator.end_training()
     return path
@@ -554,12 +557,10 @@ class Log:
             self.status("failed", step(), f"{type(error).__name__}: {error}")
             raise
 
-    def first_and_last_knn(self) -> tuple[float, float]:
-        if not self.main:
-            return 0.0, 0.0
-        rows = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
-        found = [row["knn"] for row in rows if "knn" in row]
-        return found[0], found[-1]
+    def knn(self) -> dict[int, float]:
+        """Accuracies logged so far by step; empty off the main process."""
+        lines = (self.out / "metrics.jsonl").read_text().splitlines() if self.main else []
+        return {row["step"]: row["knn"] for row in map(json.loads, lines) if "knn" in row}
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
         if self.main:
