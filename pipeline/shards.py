@@ -42,11 +42,22 @@ class DatasetError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One encoded image on its way into a shard: in memory, or a file."""
+    """One encoded image on its way into a shard: in memory, a file, or a part of a file, such as a member of a tar."""
 
-    name: str  # path of the file, relative to the source's root; for an image in memory any telling name
+    name: str  # path of the file, relative to the source's root; for other images any telling name
     label: int | None = None
     data: bytes | None = None  # None: read the file when its turn comes
+    file: str | None = None  # the file to read, relative to the source's root; None: `name`
+    offset: int = 0  # bytes from the start of the file
+    size: int = -1  # bytes; -1: to the end of the file
+
+    def read(self, root: Path) -> bytes:
+        """The encoded image. Raises OSError."""
+        if self.data is not None:
+            return self.data
+        with open(root / (self.file or self.name), "rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,7 +271,7 @@ def _write_shard(folder: Path, root: Path, max_pixels: int | None, task: tuple[s
         with TarWriter(tar, user="", group="", mtime=0, encoder=False) as writer:
             for position, sample in enumerate(samples, start):
                 try:
-                    image = sample.data if sample.data is not None else (root / sample.name).read_bytes()
+                    image = sample.read(root)
                     extension = _check_image(image, max_pixels)
                 except (OSError, _BadImageError) as error:
                     reason = error.reason if isinstance(error, _BadImageError) else "unreadable"
