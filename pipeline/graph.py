@@ -15,6 +15,7 @@ from nvidia.dali import fn, math, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 
+from pipeline.shards import MAX_PIXELS
 from pipeline.views import ATTEMPTS, Draws, ViewConfig
 
 LABEL_DIGITS = 10  # .cls members hold the label as ASCII digits; they leave the graph padded with zeros to this width
@@ -33,6 +34,7 @@ class Reader:
     indexes: Sequence[str]
     image_ext: str  # "jpg", or alternatives as in "jpg;png"
     labelled: bool
+    max_pixels: int = MAX_PIXELS  # larger images are an error, whatever a header claims
     rank: int = 0
     world_size: int = 1
     shuffle: int = 0
@@ -65,17 +67,27 @@ def _read(reader: Reader) -> tuple[DataNode, DataNode | None]:
     return encoded, fn.pad(label, shape=[LABEL_DIGITS])
 
 
+def _checked(encoded: DataNode, max_pixels: int) -> tuple[DataNode, DataNode]:
+    """The same bytes, and each image's (height, width, channels) float32; a broken or too large header is an error.
+
+    The decoder depends on this: DALI 2.4 parses the headers of a batch in its thread pool and the last of them beside
+    it. When one of those raises, the pool goes on writing to a stack frame that has gone, and the process crashes.
+    """
+    shape = fn.peek_image_shape(encoded, dtype=types.FLOAT, adjust_orientation=False)
+    fits = shape[0:1] * shape[1:2] <= float(max_pixels)
+    return fn.reshape(encoded, rel_shape=fits * 1.0), shape  # a view of the same bytes, or of none, which is refused
+
+
 def _decode(encoded: DataNode, gpu: bool) -> DataNode:
     return fn.decoders.image(encoded, device="mixed" if gpu else "cpu", output_type=types.RGB, adjust_orientation=False)
 
 
-def _windows(encoded: DataNode, width: DataNode, height: DataNode, offset: DataNode, config: ViewConfig) -> Any:
+def _windows(shape: DataNode, width: DataNode, height: DataNode, offset: DataNode, config: ViewConfig) -> Any:
     """Start and end (2, 2) of both views' crops, rows (y, x) relative to the image: the first candidate that fits.
 
     width, height (2, 10) and offset (2, 2) are those of `Draws`. Both views go through each node together: at 32 pixels
     these few numbers cost as much as the pixels, since every node costs microseconds per sample.
     """
-    shape = fn.peek_image_shape(encoded, dtype=types.FLOAT, adjust_orientation=False)
     square = shape[0] / shape[1]
     tall = math.sqrt(square)  # candidates are in units of sqrt(H W): the image is 1 / tall wide and tall high
     rank = types.Constant(np.arange(ATTEMPTS, 0, -1, dtype=np.float32))
@@ -163,7 +175,8 @@ def two_views(
         width, height, offset, *rest = fn.external_source(
             source, num_outputs=len(joint) + 2 * len(names), batch=True, batch_info=True
         )
-        start, end = _windows(encoded, width, height, offset, config)
+        encoded, shape = _checked(encoded, reader.max_pixels)
+        start, end = _windows(shape, width, height, offset, config)
         image = _decode(encoded, gpu=device_id is not None)
         views = []
         for i in range(2):
@@ -179,9 +192,10 @@ def plain_view(
 ) -> Pipeline:
     """Pipeline of (image[, label digits]) for evaluation: shorter side resized, central `size` square kept."""
 
-    @pipeline_def(batch_size=batch_size, num_threads=num_threads, device_id=device_id)
+    @pipeline_def(batch_size=batch_size, num_threads=num_threads, device_id=device_id, enable_checkpointing=True)
     def graph() -> tuple[DataNode, ...]:
         encoded, label = _read(reader)
+        encoded, _ = _checked(encoded, reader.max_pixels)
         image = _decode(encoded, gpu=device_id is not None)
         shorter = round(config.size / config.eval_crop)
         image = fn.resize(image, resize_shorter=shorter, interp_type=_INTERP[config.interpolation])
@@ -190,3 +204,23 @@ def plain_view(
         return (image, label) if label is not None else (image,)
 
     return graph()
+
+
+def stored_images(reader: Reader, batch_size: int, checkpoint: bytes) -> list[tuple[str, bytes]]:
+    """(TAR:OFFSET:MEMBER, bytes) of the images that a pipeline with this checkpoint reads next, not decoded.
+
+    Raises RuntimeError where they cannot be read.
+    """
+
+    @pipeline_def(batch_size=batch_size, num_threads=1, device_id=None, enable_checkpointing=True)
+    def graph() -> DataNode:
+        return _read(reader)[0]
+
+    def record(checkpoint: bytes) -> bytes:
+        """The reader's part: DALI keeps a protobuf record, here of less than 128 bytes, for each operator."""
+        name = checkpoint.index(b"\n\x06reader\x12")
+        return checkpoint[name - 2 : name + checkpoint[name - 1]]
+
+    start = graph().checkpoint()
+    (images,) = graph(checkpoint=start.replace(record(start), record(checkpoint))).run()
+    return [(image.source_info(), np.asarray(image).tobytes()) for image in images]

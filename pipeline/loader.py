@@ -9,9 +9,11 @@ reads its own contiguous part of the shards; the augmentation drawn for a positi
 """
 
 import base64
+import io
 import itertools
 import math
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,8 @@ from pipeline.views import Draws, ViewConfig, draw
 
 if TYPE_CHECKING:
     from nvidia.dali.pipeline import Pipeline
+
+    from pipeline.graph import Reader
 
 SHUFFLE = 2048  # samples in each rank's shuffle buffer; the shards themselves are shuffled when written
 
@@ -108,7 +112,11 @@ class Loader:
         epoch, step = divmod(self._runs, self._runs_per_epoch)
         try:
             outputs = _outputs(
-                pipe, self.device, self.dataset, f"rank {self.rank} could not read batch {step} of epoch {epoch}"
+                pipe,
+                self._reader,
+                self.dataset,
+                self.device,
+                f"rank {self.rank} could not read batch {step} of epoch {epoch}",
             )
         except LoaderError as error:
             self._failure = error  # DALI would go on with the next batch, and this rank out of step with the others
@@ -125,7 +133,7 @@ class Loader:
         from pipeline.graph import two_views
 
         return two_views(
-            _reader(self.dataset, self.rank, self.world_size, self._shuffle, self._seed),
+            self._reader,
             self.views,
             self._draw,
             batch_size=self.local_batch_size,
@@ -134,6 +142,10 @@ class Loader:
             half=self._half,
             checkpoint=checkpoint,
         )
+
+    @property
+    def _reader(self) -> "Reader":
+        return _reader(self.dataset, self.rank, self.world_size, self._shuffle, self._seed)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -222,15 +234,16 @@ def build_eval_loader(
         left = min(left, samples * (rank + 1) // world_size - samples * rank // world_size)
     if not left:
         return
+    reader = _reader(dataset, rank, world_size, 0, 0)
     pipe = plain_view(
-        _reader(dataset, rank, world_size, 0, 0),
+        reader,
         views,
         batch_size=min(batch_size, left),
         device_id=device.index or 0 if device.type == "cuda" else None,
         num_threads=num_threads,
     )
     for step in itertools.count():
-        (padded,), labels = _outputs(pipe, device, dataset, f"rank {rank} could not read batch {step}")
+        (padded,), labels = _outputs(pipe, reader, dataset, device, f"rank {rank} could not read batch {step}")
         images = padded.clone()[:left]
         left -= len(images)
         labels = labels[: len(images)] if labels is not None else torch.full((len(images),), -1)
@@ -240,7 +253,7 @@ def build_eval_loader(
 
 
 def _outputs(
-    pipe: "Pipeline", device: torch.device, dataset: Dataset, failed: str
+    pipe: "Pipeline", reader: "Reader", dataset: Dataset, device: torch.device, failed: str
 ) -> tuple[list[Tensor], Tensor | None]:
     """The pipeline's next images (n, S, S, 3), still in DALI's memory, and labels. Raises LoaderError."""
     try:
@@ -251,14 +264,39 @@ def _outputs(
         return [torch.from_dlpack(image.as_tensor()) for image in images], labels
     except (RuntimeError, ValueError) as error:
         cause = " ".join(str(error).rpartition("encountered:")[2].partition("C++ context")[0].split())
-        cause = cause.removesuffix("Current pipeline object is no longer valid. " * 2)
+        cause = cause.removesuffix(" Current pipeline object is no longer valid." * 2)
+        sample = _faulty_image(reader, pipe) if isinstance(error, RuntimeError) else None
         raise LoaderError(
-            f"{failed} of {dataset.root}: an image does not decode, or a shard changed on disk since it was written. "
-            f"Write the shards again, without --no-verify, or copy them again. The reader said: {cause}"
+            f"{failed} of {dataset.root}: {sample or cause}. If a shard changed since it was written, copy it again; "
+            f"else let `python tools/make_shards.py verify {dataset.root} --images` list what cannot be read, and "
+            "`quarantine` leave it out"
         ) from error
 
 
-def _reader(dataset: Dataset, rank: int, world_size: int, shuffle: int, seed: int) -> Any:
+def _faulty_image(reader: "Reader", pipe: "Pipeline") -> str | None:
+    """The first image that cannot be used of the batch that `pipe` failed to give, and why; None if all can."""
+    from PIL import Image, UnidentifiedImageError
+
+    from pipeline.graph import stored_images
+
+    try:
+        images = stored_images(reader, pipe.max_batch_size, pipe.checkpoint())
+    except (RuntimeError, ValueError):  # reading fails, and the reader has said why
+        return None
+    for source, content in images:
+        try:
+            with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content)) as image:
+                if image.width * image.height > reader.max_pixels:
+                    return f"{source} has {image.width}x{image.height} pixels, more than {reader.max_pixels}"
+                image.load()
+        except UnidentifiedImageError:
+            return f"{source} does not begin like an image"
+        except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error ... for bad bytes
+            return f"{source} does not decode ({error})"
+    return None
+
+
+def _reader(dataset: Dataset, rank: int, world_size: int, shuffle: int, seed: int) -> "Reader":
     from pipeline.graph import Reader
 
     return Reader(
@@ -266,6 +304,7 @@ def _reader(dataset: Dataset, rank: int, world_size: int, shuffle: int, seed: in
         indexes=dataset.indexes,
         image_ext=";".join(dataset.extensions),
         labelled=dataset.labelled,
+        max_pixels=dataset.options["max_pixels"],
         rank=rank,
         world_size=world_size,
         shuffle=shuffle,
@@ -274,6 +313,11 @@ def _reader(dataset: Dataset, rank: int, world_size: int, shuffle: int, seed: in
 
 
 def _parse_labels(digits: Any) -> Tensor:
-    """(n, LABEL_DIGITS) zero-padded ASCII to (n,) int64."""
+    """(n, LABEL_DIGITS) zero-padded ASCII to (n,) int64. Raises ValueError naming the sample that has no number."""
     rows = digits.as_array()
-    return torch.from_numpy(rows.view(f"S{rows.shape[1]}").ravel().astype("int64"))
+    texts = rows.view(f"S{rows.shape[1]}").ravel()
+    try:
+        return torch.from_numpy(texts.astype("int64"))
+    except ValueError:
+        broken = next(i for i, text in enumerate(texts) if not text.isdigit())
+        raise ValueError(f"{digits[broken].source_info()} is no label: {bytes(texts[broken])!r}") from None

@@ -4,10 +4,13 @@ import dataclasses
 import io
 import itertools
 import json
+import subprocess
+import sys
 import tarfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -425,11 +428,63 @@ def test_a_shard_damaged_after_the_check_ends_in_one_message_naming_rank_batch_a
         with pytest.raises(LoaderError) as caught:
             next(loader)
         message = str(caught.value)
-        assert all(name in message for name in (f"rank {rank}", "batch 2 of epoch 0", str(data.root))), message
+        sample = f"{path.name}.idx" if damage is cut_off else f"{8 * rank + 5:08d}-{part[5]}"
+        names = (f"rank {rank}", "batch 2 of epoch 0", str(path), sample, "make_shards.py verify")
+        assert all(name in message for name in names), message
         assert "graph.py" not in message  # the reader's complaint, not where our code called it
         assert message.count("\n") == 0
     with pytest.raises(LoaderError):
         loader.state_dict()  # there is no position to come back to
+
+
+READ_TO_THE_END = """
+import sys
+import torch
+from pipeline.loader import LoaderError, build_eval_loader, build_loader
+from pipeline.shards import read_dataset
+from pipeline.views import make_views
+
+data, views, device = read_dataset(sys.argv[1]), make_views("cifar", {"size": 8}), torch.device("cpu")
+for batch_size, threads in [(64, 1), (192, 2)]:
+    loader = build_loader(data, views, batch_size, device, num_threads=threads)
+    batches = build_eval_loader(data, views, batch_size, device, num_threads=threads)
+    for read in (lambda: [next(loader) for _ in range(192 // batch_size)], lambda: list(batches)):
+        try:
+            read()
+        except LoaderError as error:
+            print(error)
+"""
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG"])
+def test_a_damaged_header_in_a_large_batch_is_an_error_naming_the_sample_and_no_crash(
+    tmp_path: Path, format: str
+) -> None:
+    """DALI 2.4 by itself crashes in such a batch, so this reads in another process: training and evaluating, twice.
+
+    The image is the last of the shards, and so of its batch in evaluation: there the crash was surest.
+    """
+    data = write(tmp_path / "set", [noise(i, format) for i in range(192)], shard_size=48)
+    extension, label = {"PNG": "png", "JPEG": "jpg"}[format], stored(data)[-1]
+    path, members = position_of(data, label)
+    offset, _ = members[extension]
+    shard = bytearray(path.read_bytes())
+    shard[offset : offset + 64] = bytes(64)
+    path.write_bytes(shard)
+    done = subprocess.run([sys.executable, "-c", READ_TO_THE_END, data.root], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    named = f"{path}:{offset}:00000191-{label}.{extension}"
+    assert [named in line for line in done.stdout.splitlines()] == [True] * 4, done.stdout
+
+
+def test_an_image_with_more_pixels_than_the_manifest_allows_is_not_decoded(tmp_path: Path) -> None:
+    """As a bomb in shards written with --no-verify would be, or a damaged header: exactly the limit still passes."""
+    data = write(tmp_path / "set", [noise(i) for i in range(8)])  # 24 x 20
+    for limit, refused in ((480, False), (479, True)):
+        limited = dataclasses.replace(data, options={**data.options, "max_pixels": limit})
+        for read in (lambda: next(build(limited, 8)), lambda: list(build_eval_loader(limited, TINY, 8, CPU))):  # noqa: B023
+            with pytest.raises(LoaderError, match="20x24 pixels, more than 479") if refused else nullcontext():
+                read()
 
 
 def test_a_missing_shard_ends_in_one_message_naming_it(tmp_path: Path) -> None:
