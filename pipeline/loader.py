@@ -12,6 +12,7 @@ import base64
 import io
 import itertools
 import math
+import random
 import time
 import warnings
 from collections.abc import Iterator
@@ -299,9 +300,13 @@ def _faulty_image(reader: "Reader", pipe: "Pipeline") -> str | None:
 def _reader(dataset: Dataset, rank: int, world_size: int, shuffle: int, seed: int) -> "Reader":
     from pipeline.graph import Reader
 
+    tars, indexes = dataset.tars, dataset.indexes
+    if shuffle:  # the reader itself permutes the shards between epochs only
+        order = random.Random(seed).sample(range(len(tars)), len(tars))
+        tars, indexes = [tars[i] for i in order], [indexes[i] for i in order]
     return Reader(
-        tars=dataset.tars,
-        indexes=dataset.indexes,
+        tars=tars,
+        indexes=indexes,
         image_ext=";".join(dataset.extensions),
         labelled=dataset.labelled,
         max_pixels=dataset.options["max_pixels"],

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from pipeline.loader import Batch, Loader, LoaderError, build_eval_loader, build_loader
-from pipeline.shards import Dataset, Sample, read_dataset, write_shards
+from pipeline.shards import Dataset, Sample, Shard, read_dataset, write_shards
 from pipeline.views import ViewConfig, make_views
 
 CPU = torch.device("cpu")
@@ -156,13 +156,69 @@ def test_every_sample_is_dropped_in_turn(flats: Dataset) -> None:
 
 
 @pytest.mark.parametrize("shuffle", [1, 6])
-def test_the_order_depends_on_the_seed_also_that_of_the_shards(flats: Dataset, shuffle: int) -> None:
-    """With a buffer of one only the order of the shards is drawn, from the second epoch on."""
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_the_order_depends_on_the_seed_also_that_of_the_shards(flats: Dataset, shuffle: int, epoch: int) -> None:
+    """With a buffer of one only the order of the shards is drawn; also in the first epoch, and anew in the second."""
     orders = []
     for seed in range(4):
         loader = build(flats, 4, seed=seed, shuffle=shuffle)
-        orders.append([labels(next(loader)) for _ in range(10)][5:])
+        orders.append([labels(next(loader)) for _ in range(10)])
+        assert orders[-1][:5] != orders[-1][5:]
+    orders = [order[5 * epoch : 5 * epoch + 5] for order in orders]
     assert sum(a == b for a, b in itertools.combinations(orders, 2)) < 2  # one pair in 5! = 120 agrees by chance
+
+
+def write_sorted(out: Path, samples: int, classes: int, shard_size: int) -> Dataset:
+    """Shards whose samples lie in the order of their classes, as those that others wrote may."""
+    image, shards = flat(0), []
+    out.mkdir()
+    for file, start in ((f"sorted-{i:06d}.tar", i * shard_size) for i in range(samples // shard_size)):
+        with tarfile.open(out / file, "w", format=tarfile.USTAR_FORMAT) as tar:
+            lines = []
+            for i in range(start, start + shard_size):
+                line = []
+                for extension, content in (("cls", b"%d" % (i * classes // samples)), ("png", image)):
+                    member = tarfile.TarInfo(f"{i:08d}.{extension}")
+                    member.size = len(content)
+                    line.append(f"{extension} {tar.offset + 512} {len(content)} {member.name}")
+                    tar.addfile(member, io.BytesIO(content))
+                lines.append(" ".join(line))
+        (out / f"{file}.idx").write_text("\n".join([f"v1.2 {len(lines)}", *lines, ""]))
+        shards.append(Shard(file=file, samples=shard_size, bytes=0, sha256="", index_sha256=""))
+    return Dataset(
+        root=out,
+        name="sorted",
+        samples=samples,
+        classes=tuple(str(i) for i in range(classes)),
+        extensions=("png",),
+        options={"max_pixels": 1000},
+        counts={},
+        shards=tuple(shards),
+    )
+
+
+def effective_classes(dataset: Dataset, batch_size: int, batches: int, **options: Any) -> list[float]:
+    """1 / sum of squared shares of the classes, of each batch: k where k classes are equally frequent."""
+    loader = build_loader(dataset, FLAT, batch_size, CPU, **options)
+    counts = [np.bincount(labels(next(loader))) for _ in range(batches)]
+    return [batch_size**2 / float(np.square(count).sum()) for count in counts]
+
+
+def test_how_well_batches_are_mixed(tmp_path: Path) -> None:
+    """Effective classes of a batch: make_shards' batches are as mixed as random draws, those of sorted shards are not.
+
+    ImageNet's proportions at 1/16: shards of 1000 that each hold one class, batches of 512, the buffer of 2048. Sorted
+    shards that others wrote give about a quarter of the classes of random draws, in the first epoch as in later ones.
+    """
+    samples, classes, shard, batch_size, buffer = 1920, 30, 64, 32, 128
+    ideal = 1 / (1 / classes + (1 - 1 / classes) / batch_size)
+    images = [Sample(f"{i}", i * classes // samples, flat(0)) for i in range(samples)]
+    names = [str(i) for i in range(classes)]
+    mixed = write_shards(images, tmp_path / "mixed", classes=names, shard_size=shard)
+    assert np.mean(effective_classes(mixed, batch_size, 60, shuffle=buffer)) > 0.95 * ideal
+    ordered = effective_classes(write_sorted(tmp_path / "sorted", samples, classes, shard), 32, 120, shuffle=buffer)
+    for epoch in (ordered[:60], ordered[60:]):
+        assert 0.2 * ideal < np.mean(epoch) < 0.35 * ideal
 
 
 def test_without_shuffle_batches_follow_the_shards(flats: Dataset) -> None:
