@@ -75,7 +75,7 @@ class Loader:
         self.steps_per_epoch = per_rank // self.local_batch_size
         if not self.steps_per_epoch:
             raise ValueError(
-                f"{dataset.root} has {dataset.samples} samples, fewer than one batch of {batch_size} over "
+                f"{dataset.address} has {dataset.samples} samples, fewer than one batch of {batch_size} over "
                 f"{world_size} rank(s) ({per_rank} per rank, {self.local_batch_size} needed); lower the batch size"
             )
         # The reader pads each rank's part to whole batches; what is beyond steps_per_epoch is read and dropped.
@@ -268,9 +268,9 @@ def _outputs(
         cause = cause.removesuffix(" Current pipeline object is no longer valid." * 2)
         sample = _faulty_image(reader, pipe) if isinstance(error, RuntimeError) else None
         raise LoaderError(
-            f"{failed} of {dataset.root}: {sample or cause}. If a shard changed since it was written, copy it again; "
-            f"else let `python tools/make_shards.py verify {dataset.root} --images` list what cannot be read, and "
-            "`quarantine` leave it out"
+            f"{failed} of {dataset.address}: {sample or cause}. If a shard changed since it was written, copy it "
+            f"again; else let `python tools/make_shards.py verify {dataset.address} --images` list what cannot be "
+            "read, and `quarantine` leave it out"
         ) from error
 
 

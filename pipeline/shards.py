@@ -30,6 +30,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pipeline.store import address, fetch, is_remote
+
 FORMAT, VERSION = "swiftclr-shards", 1
 NAME = re.compile(r"[A-Za-z0-9_-]+")
 MAX_PIXELS = 64_000_000  # ImageNet's largest training image has 28.5 million
@@ -95,8 +97,13 @@ class Dataset:
         return self.classes is not None
 
     @property
+    def address(self) -> str:
+        """The folder, or s3://bucket/prefix: what `read_dataset` was given."""
+        return address(self.root)
+
+    @property
     def tars(self) -> list[str]:
-        return [str(self.root / shard.file) for shard in self.shards]
+        return [f"{self.address}/{shard.file}" for shard in self.shards]
 
     @property
     def indexes(self) -> list[str]:
@@ -408,16 +415,17 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def read_dataset(path: str | Path) -> Dataset:
-    """Read the manifest in folder `path` and check that every tar and index is the one it records.
+    """Read the manifest in folder `path`, or s3:// or gs:// prefix, and check every tar and index against it.
 
     Tars are checked by size, indexes by content; no tar is opened, so this takes well under a second for 1,282 shards
-    and does not see a flipped bit. Raises DatasetError naming the first faulty file, what was expected and found.
+    and does not see a flipped bit. In object storage, where objects appear whole, only the indexes are checked.
+    Raises DatasetError naming the first faulty file, what was expected and found.
     """
-    root = Path(path)
-    file = root / "dataset.json"
+    root, remote = Path(path), is_remote(address(path))
+    file = address(root / "dataset.json")
     remake = "Make the shards anew (python tools/make_shards.py folder IMAGES OUT), or copy the data set again"
     try:
-        manifest = json.loads(file.read_bytes())
+        manifest = json.loads(fetch([file])[0] if remote else Path(file).read_bytes())
         kind = (manifest.pop("format"), manifest.pop("version"))
         if kind != (FORMAT, VERSION):
             raise DatasetError(f"{file} is {kind}, this program reads {(FORMAT, VERSION)}. {remake}")
@@ -440,7 +448,15 @@ def read_dataset(path: str | Path) -> Dataset:
         raise DatasetError(f"{file} is damaged ({type(error).__name__}: {error}). {remake}") from error
     if not intact:
         raise DatasetError(f"{file} has been changed: its shards do not give its fingerprint or samples. {remake}")
-    faults = [fault for shard in shards if (fault := _fault(root, shard))]
+    if remote:
+        try:
+            contents = fetch(dataset.indexes)
+        except OSError as error:
+            raise DatasetError(f"cannot read the indexes of {dataset.address}: {error.strerror}") from error
+        found = [_index_fault(*each) for each in zip(dataset.indexes, contents, shards, strict=True)]
+    else:
+        found = [_fault(root, shard) for shard in shards]
+    faults = [fault for fault in found if fault]
     if faults:
         others = f" ({len(faults) - 1} other shards have faults too)" if len(faults) > 1 else ""
         raise DatasetError(f"{faults[0]}{others}. {remake}")
@@ -457,6 +473,11 @@ def _fault(root: Path, shard: Shard) -> str | None:
         content = index.read_bytes()
     except OSError as error:
         return f"{error.filename} cannot be read ({error.strerror}), expected a shard of {shard.samples} samples"
+    return _index_fault(str(index), content, shard)
+
+
+def _index_fault(index: str, content: bytes, shard: Shard) -> str | None:
+    """What is wrong with the content of this shard's index, or None."""
     if hashlib.sha256(content).hexdigest() == shard.index_sha256:
         return None
     header, *lines = content.split(b"\n")

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("pipeline", "model", "tools", "benchmarks")
 HOMES = {  # library: the files that may import it
     "accelerate": {"train.py"},
-    "nvidia": {"pipeline/graph.py", "pipeline/loader.py"},  # the loader for a type only
+    "nvidia": {"pipeline/graph.py", "pipeline/store.py", "pipeline/loader.py"},  # the loader for a type only
     "webdataset": {"pipeline/shards.py"},
     "safetensors": {"model/checkpoint.py"},
     "triton": {"model/nt_xent_triton.py"},
