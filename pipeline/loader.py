@@ -13,6 +13,7 @@ import io
 import itertools
 import math
 import random
+import resource
 import time
 import warnings
 from collections.abc import Iterator
@@ -301,6 +302,7 @@ def _reader(dataset: Dataset, rank: int, world_size: int, shuffle: int, seed: in
     from pipeline.graph import Reader
 
     tars, indexes = dataset.tars, dataset.indexes
+    _allow_open_files(len(tars))
     if shuffle:  # the reader itself permutes the shards between epochs only
         order = random.Random(seed).sample(range(len(tars)), len(tars))
         tars, indexes = [tars[i] for i in order], [indexes[i] for i in order]
@@ -315,6 +317,18 @@ def _reader(dataset: Dataset, rank: int, world_size: int, shuffle: int, seed: in
         shuffle=shuffle,
         seed=seed,
     )
+
+
+def _allow_open_files(shards: int) -> None:
+    """DALI keeps every shard open, and ImageNet has more of them than the 1,024 files a process may usually open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < shards + 256:  # 256 for everything else
+        raise ValueError(
+            f"{shards} shards cannot be open at once: this process may open {hard} files. Raise the hard limit "
+            "(ulimit -Hn), or make fewer shards (--shard-size)"
+        )
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _parse_labels(digits: Any) -> Tensor:
