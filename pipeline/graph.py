@@ -35,6 +35,7 @@ class Reader:
     image_ext: str  # "jpg", or alternatives as in "jpg;png"
     labelled: bool
     max_pixels: int = MAX_PIXELS  # larger images are an error, whatever a header claims
+    hw_decoder_load: float = 0.65  # share of a batch's JPEGs for the GPU's hardware decoder, if it has one; DALI's own
     rank: int = 0
     world_size: int = 1
     shuffle: int = 0
@@ -78,8 +79,14 @@ def _checked(encoded: DataNode, max_pixels: int) -> tuple[DataNode, DataNode]:
     return fn.reshape(encoded, rel_shape=fits * 1.0), shape  # a view of the same bytes, or of none, which is refused
 
 
-def _decode(encoded: DataNode, gpu: bool) -> DataNode:
-    return fn.decoders.image(encoded, device="mixed" if gpu else "cpu", output_type=types.RGB, adjust_orientation=False)
+def _decode(encoded: DataNode, reader: Reader, gpu: bool) -> DataNode:
+    return fn.decoders.image(
+        encoded,
+        device="mixed" if gpu else "cpu",
+        output_type=types.RGB,
+        adjust_orientation=False,
+        hw_decoder_load=reader.hw_decoder_load,
+    )
 
 
 def _windows(shape: DataNode, width: DataNode, height: DataNode, offset: DataNode, config: ViewConfig) -> Any:
@@ -177,7 +184,7 @@ def two_views(
         )
         encoded, shape = _checked(encoded, reader.max_pixels)
         start, end = _windows(shape, width, height, offset, config)
-        image = _decode(encoded, gpu=device_id is not None)
+        image = _decode(encoded, reader, gpu=device_id is not None)
         views = []
         for i in range(2):
             draws = SimpleNamespace(**dict(zip(names, rest[i * len(names) :], strict=False)))
@@ -196,7 +203,7 @@ def plain_view(
     def graph() -> tuple[DataNode, ...]:
         encoded, label = _read(reader)
         encoded, _ = _checked(encoded, reader.max_pixels)
-        image = _decode(encoded, gpu=device_id is not None)
+        image = _decode(encoded, reader, gpu=device_id is not None)
         shorter = round(config.size / config.eval_crop)
         image = fn.resize(image, resize_shorter=shorter, interp_type=_INTERP[config.interpolation])
         image = fn.crop(image, crop=[config.size, config.size])

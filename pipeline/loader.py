@@ -3,7 +3,8 @@
 `build_loader` gives an endless `Loader`: every epoch each rank yields the same number of batches, each sample appears
 at most once, and only the last incomplete global batch is dropped. It knows its position and restores it exactly in
 the middle of an epoch. What an epoch's global batches consist of depends on the number of ranks, because each rank
-reads its own contiguous part of the shards; the augmentation drawn for a position does not.
+reads its own contiguous part of the shards, in sequence, and shuffles it in a buffer of its own: one order for any
+number of ranks would need reads at random places. The augmentation drawn for a position does not depend on it.
 
 `build_eval_loader` gives every sample of the data set exactly once, in the order of the shards.
 """
@@ -17,7 +18,7 @@ import resource
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,7 +67,10 @@ class Loader:
         num_threads: int,
         half: bool,
         shuffle: int,
+        hw_decoder_load: float,
     ) -> None:
+        if not 0 <= hw_decoder_load <= 1:
+            raise ValueError(f"hw_decoder_load {hw_decoder_load} is not between 0 and 1")
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed {seed} is not between 0 and 2**63 - 1")
         if batch_size < 1 or batch_size % world_size:
@@ -83,7 +87,7 @@ class Loader:
         self._runs_per_epoch = math.ceil(math.ceil(dataset.samples / world_size) / self.local_batch_size)
         self.dataset, self.views, self.device, self.rank, self.world_size = dataset, views, device, rank, world_size
         self._batch_size, self._seed, self._num_threads = batch_size, seed, num_threads
-        self._half, self._shuffle = half, shuffle
+        self._half, self._shuffle, self._hw_decoder_load = half, shuffle, hw_decoder_load
         self._pipe: Pipeline | None = None
         self._failure: LoaderError | None = None
         self._runs = 0  # batches the pipeline has given, dropped ones included
@@ -147,7 +151,8 @@ class Loader:
 
     @property
     def _reader(self) -> "Reader":
-        return _reader(self.dataset, self.rank, self.world_size, self._shuffle, self._seed)
+        reader = _reader(self.dataset, self.rank, self.world_size, self._shuffle, self._seed)
+        return replace(reader, hw_decoder_load=self._hw_decoder_load)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -197,6 +202,7 @@ def build_loader(
     num_threads: int = 4,
     half: bool = False,
     shuffle: int = SHUFFLE,
+    hw_decoder_load: float = 0.65,
 ) -> Loader:
     """This rank's endless stream of two-view batches.
 
@@ -205,9 +211,12 @@ def build_loader(
     num_threads  DALI's CPU threads for this rank
     half         float16 views instead of float32
     shuffle      samples in this rank's shuffle buffer; 0 reads in the order of the shards
+    hw_decoder_load  share of a batch's JPEGs that the GPU's hardware decoder takes, where it has one (A100, H100)
     Raises ValueError where the data set is smaller than one batch, LoaderError where a batch cannot be read.
     """
-    return Loader(dataset, views, batch_size, device, rank, world_size, seed, num_threads, half, shuffle)
+    return Loader(
+        dataset, views, batch_size, device, rank, world_size, seed, num_threads, half, shuffle, hw_decoder_load
+    )
 
 
 def build_eval_loader(

@@ -21,7 +21,7 @@ from PIL import Image
 
 from pipeline.loader import Batch, Loader, LoaderError, build_eval_loader, build_loader
 from pipeline.shards import Dataset, Sample, Shard, read_dataset, write_shards
-from pipeline.views import ViewConfig, make_views
+from pipeline.views import VIEWS, ViewConfig, make_views
 
 CPU = torch.device("cpu")
 NUM = 23
@@ -447,6 +447,12 @@ def test_a_seed_that_the_generators_cannot_take_is_refused_at_once(flats: Datase
         build(flats, seed=seed)
 
 
+@pytest.mark.parametrize("load", [-0.1, 1.5])
+def test_a_decoder_load_that_is_no_share_is_refused_at_once(flats: Dataset, load: float) -> None:
+    with pytest.raises(ValueError, match=rf"hw_decoder_load {load} is not between 0 and 1"):
+        build(flats, hw_decoder_load=load)
+
+
 def zero_image(data: bytearray, members: dict[str, tuple[int, int]]) -> bytearray:
     offset, size = members["png"]
     data[offset : offset + size] = bytes(size)
@@ -657,3 +663,27 @@ def test_evaluation_images_equal_torchvisions_resize_and_centre_crop(tmp_path: P
     for image, label in zip(*next(iter(build_eval_loader(data, views, 3, CPU, num_threads=1))), strict=True):
         want = theirs(Image.fromarray(pictures[int(label)]))
         assert (image - want).abs().max() <= 1.01 * level
+
+
+# ---- on a GPU ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_gpu_memory_does_not_grow(tmp_path: Path) -> None:
+    """JPEGs of many sizes, shuffled: after 500 steps all buffers have found their size, and 1,500 more add nothing."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(40, 500, (512, 2))
+    images = [encode(rng.integers(0, 256, (height, width, 3)), "JPEG") for height, width in sizes]
+    loader = build_loader(write(tmp_path / "set", images, shard_size=64), VIEWS["stl10"], 64, torch.device("cuda", 0))
+    used = []
+    for step in range(2000):
+        next(loader)
+        if step in (499, 1999):
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            free, total = torch.cuda.mem_get_info()
+            used.append((total - free) / 2**20)
+    assert used[1] - used[0] <= 64, f"{used[0]:.0f} MiB after 500 steps, {used[1]:.0f} MiB after 2000"
