@@ -43,10 +43,10 @@ def _fetch(addresses: Sequence[str]) -> list[bytes]:
     try:
         (files,) = graph().run()
     except RuntimeError as error:
-        complaint = " ".join(str(error).rpartition("encountered:")[2].partition("Current pipeline")[0].split())
+        said = " ".join(str(error).rpartition("encountered:")[2].partition("Current pipeline")[0].split())
         raise OSError(
             errno.EIO,
-            f"{(complaint or str(error)).rstrip('.')}. Check the address, the credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or "
+            f"{said.rstrip('.')}. Check the address, the credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or "
             "~/.aws; Google's default credentials for gs://) and AWS_ENDPOINT_URL or DALI_GCS_ENDPOINT_URL",
         ) from error
     return [np.asarray(file).tobytes() for file in files]
