@@ -15,6 +15,7 @@ from nvidia.dali import fn, math, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 
+from pipeline.images import ppm_header
 from pipeline.views import ATTEMPTS, Draws, ViewConfig
 
 LABEL_DIGITS = 10  # .cls members hold the label as ASCII digits; they leave the graph padded with zeros to this width
@@ -33,6 +34,7 @@ class Reader:
     indexes: Sequence[str]
     image_ext: str  # "jpg", or alternatives as in "jpg;png"
     labelled: bool
+    raw: tuple[int, int] | None = None  # (height, width) if all images are PPMs of this size, as `pipeline.images.ppm`
     rank: int = 0
     world_size: int = 1
     shuffle: int = 0
@@ -65,17 +67,27 @@ def _read(reader: Reader) -> tuple[DataNode, DataNode | None]:
     return encoded, fn.pad(label, shape=[LABEL_DIGITS])
 
 
-def _decode(encoded: DataNode, gpu: bool) -> DataNode:
+def _decode(encoded: DataNode, raw: tuple[int, int] | None, gpu: bool) -> DataNode:
+    if raw:  # the pixels lie there as they are, behind the header
+        pixels = fn.slice(encoded, start=[len(ppm_header(*raw))], shape=[3 * raw[0] * raw[1]], axes=[0])
+        image = fn.reshape(pixels, shape=[*raw, 3], layout="HWC")
+        return image.gpu() if gpu else image
     return fn.decoders.image(encoded, device="mixed" if gpu else "cpu", output_type=types.RGB, adjust_orientation=False)
 
 
-def _windows(encoded: DataNode, width: DataNode, height: DataNode, offset: DataNode, config: ViewConfig) -> Any:
+def _shape(encoded: DataNode, raw: tuple[int, int] | None) -> DataNode:
+    """Height and width (and channels) of the decoded image, as floats."""
+    if raw:
+        return types.Constant(np.array(raw, np.float32))
+    return fn.peek_image_shape(encoded, dtype=types.FLOAT, adjust_orientation=False)
+
+
+def _windows(shape: DataNode, width: DataNode, height: DataNode, offset: DataNode, config: ViewConfig) -> Any:
     """Start and end (2, 2) of both views' crops, rows (y, x) relative to the image: the first candidate that fits.
 
-    width, height (2, 10) and offset (2, 2) are those of `Draws`. Both views go through each node together: at 32 pixels
-    these few numbers cost as much as the pixels, since every node costs microseconds per sample.
+    shape is the image's; width, height (2, 10) and offset (2, 2) are those of `Draws`. Both views go through each node
+    together: at 32 pixels these few numbers cost as much as the pixels, since every node costs microseconds per sample.
     """
-    shape = fn.peek_image_shape(encoded, dtype=types.FLOAT, adjust_orientation=False)
     square = shape[0] / shape[1]
     tall = math.sqrt(square)  # candidates are in units of sqrt(H W): the image is 1 / tall wide and tall high
     rank = types.Constant(np.arange(ATTEMPTS, 0, -1, dtype=np.float32))
@@ -163,8 +175,8 @@ def two_views(
         width, height, offset, *rest = fn.external_source(
             source, num_outputs=len(joint) + 2 * len(names), batch=True, batch_info=True
         )
-        start, end = _windows(encoded, width, height, offset, config)
-        image = _decode(encoded, gpu=device_id is not None)
+        start, end = _windows(_shape(encoded, reader.raw), width, height, offset, config)
+        image = _decode(encoded, reader.raw, gpu=device_id is not None)
         views = []
         for i in range(2):
             draws = SimpleNamespace(**dict(zip(names, rest[i * len(names) :], strict=False)))
@@ -182,7 +194,7 @@ def plain_view(
     @pipeline_def(batch_size=batch_size, num_threads=num_threads, device_id=device_id)
     def graph() -> tuple[DataNode, ...]:
         encoded, label = _read(reader)
-        image = _decode(encoded, gpu=device_id is not None)
+        image = _decode(encoded, reader.raw, gpu=device_id is not None)
         shorter = round(config.size / config.eval_crop)
         image = fn.resize(image, resize_shorter=shorter, interp_type=_INTERP[config.interpolation])
         image = fn.crop(image, crop=[config.size, config.size])
