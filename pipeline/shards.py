@@ -15,16 +15,12 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import re
 import shutil
-import signal
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from importlib.metadata import version
@@ -33,6 +29,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pipeline.images import MAX_PIXELS, BadImageError, OnBad, Rules, Store, ppm_shape, prepare
+from pipeline.workers import in_order
 
 FORMAT, VERSION = "swiftclr-shards", 2  # version 1 had no raw shape and no quarantine; it is read too
 NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -175,7 +172,7 @@ def write_shards(
         num = sum(part.shard is not None for part in parts)
         write = partial(_write_shard, folder, Path(root).absolute(), rules)
         try:
-            for part in _run(write, islice(tasks, len(parts), None), workers):
+            for part in in_order(write, islice(tasks, len(parts), None), workers, ("webdataset", "PIL.Image")):
                 if part.shard:  # shards of which nothing is left leave no gap in the numbers
                     part = replace(part, shard=_rename(folder, part.shard, f"{name}-{num:06d}.tar"))
                     num += 1
@@ -350,7 +347,7 @@ def _finished(folder: Path, job: dict[str, Any]) -> list[_Part]:
     for fields in finished:
         shard, raw = fields.pop("shard"), fields.pop("raw")
         part = _Part(shard=shard and Shard(**shard), raw=raw and tuple(raw), **fields)
-        if part.shard and _fault(folder, part.shard):
+        if part.shard and shard_fault(folder, part.shard):
             break
         parts.append(part)
     known = {name for part in parts if part.shard for name in (part.shard.file, part.shard.index)}
@@ -473,33 +470,6 @@ def _write_shard(folder: Path, root: Path, rules: Rules, task: tuple[str, int, l
     )
 
 
-def _run(write: Callable[[Any], _Part], tasks: Iterator[Any], workers: int) -> Iterator[_Part]:
-    """Map in order. Worker processes start from one server that has imported webdataset, and end with this process."""
-    if workers == 1:
-        yield from map(write, tasks)
-        return
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["webdataset", "PIL.Image"])
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
-    try:
-        yield from pool.map(write, tasks)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and do not outlive it: a pool's workers would wait for ever for its next task."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-
-
 def _check_options(
     samples: Sequence[Sample], classes: Sequence[str] | None, name: str, size: int, workers: int
 ) -> None:
@@ -569,14 +539,14 @@ def read_dataset(path: str | Path, *, check: bool = True) -> Dataset:
         raise DatasetError(f"{file} is damaged ({type(error).__name__}: {error}). {remake}") from error
     if not intact:
         raise DatasetError(f"{file} has been changed: its shards do not give its fingerprint or samples. {remake}")
-    faults = [fault for shard in shards if check and (fault := _fault(root, shard))]
+    faults = [fault for shard in shards if check and (fault := shard_fault(root, shard))]
     if faults:
         others = f" ({len(faults) - 1} other shards have faults too)" if len(faults) > 1 else ""
         raise DatasetError(f"{faults[0]}{others}. {remake}")
     return dataset
 
 
-def _fault(root: Path, shard: Shard) -> str | None:
+def shard_fault(root: Path, shard: Shard) -> str | None:
     """What is wrong with this tar or its index, or None."""
     tar, index = root / shard.file, root / shard.index
     try:
