@@ -10,6 +10,7 @@ fsynced folder into place. webdataset writes the tars; it takes seconds to impor
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import io
@@ -50,14 +51,20 @@ class Sample:
     file: str | None = None  # the file to read, relative to the source's root; None: `name`
     offset: int = 0  # bytes from the start of the file
     size: int = -1  # bytes; -1: to the end of the file
+    fault: str = ""  # why there is nothing to read, where its source knows already: it is left out for that
 
     def read(self, root: Path) -> bytes:
-        """The encoded image. Raises OSError."""
+        """The encoded image. Raises OSError, also where the file ends before the image does."""
+        if self.fault:
+            raise OSError(errno.EINVAL, self.fault)
         if self.data is not None:
             return self.data
         with open(root / (self.file or self.name), "rb") as file:
             file.seek(self.offset)
-            return file.read(self.size)
+            data = file.read(self.size)
+        if len(data) < self.size:
+            raise OSError(errno.EIO, f"{len(data)} of {self.size} bytes are there")
+        return data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +125,7 @@ def write_shards(
     workers: int = 1,
     verify: bool = True,
     max_pixels: int = MAX_PIXELS,
+    convert: Callable[[bytes], bytes] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Dataset:
     """Write `samples`, shuffled by `seed`, as the data set `out`, which must not exist or be an empty folder.
@@ -128,6 +136,7 @@ def write_shards(
     workers     processes. 1 works in this process; more need the `if __name__ == "__main__":` of multiprocessing.
     verify      decode every image; False trusts whatever starts like a JPEG, PNG or WebP.
     max_pixels  images with more, by their header, are left out undecoded (decompression bombs).
+    convert     makes an image of what a sample reads, such as raw pixels; a function that can be pickled.
     progress    called as progress(images done, images in all) after each shard.
     Images that cannot be used are left out, counted in `Dataset.counts` and listed in `skipped.jsonl`.
     Raises DatasetError for the caller's input, OSError when reading the disk or writing to it fails.
@@ -149,7 +158,7 @@ def write_shards(
     per_label: Counter[int] = Counter()
     skipped: list[dict[str, str]] = []
     with publish(out) as folder:
-        write = partial(_write_shard, folder, Path(root).absolute(), max_pixels if verify else None)
+        write = partial(_write_shard, folder, Path(root).absolute(), max_pixels if verify else None, convert)
         for written, stop in zip(_run(write, tasks, workers), bounds[1:], strict=True):
             if written.shard:
                 file = f"{name}-{len(shards):06d}.tar"  # shards of which nothing is left leave no gap in the numbers
@@ -257,7 +266,13 @@ class _Hashed:
         return self.file.write(data)
 
 
-def _write_shard(folder: Path, root: Path, max_pixels: int | None, task: tuple[str, int, list[Sample]]) -> _Written:
+def _write_shard(
+    folder: Path,
+    root: Path,
+    max_pixels: int | None,
+    convert: Callable[[bytes], bytes] | None,
+    task: tuple[str, int, list[Sample]],
+) -> _Written:
     """Write one tar and its index, both fsynced. A key is the sample's place in the shuffled order and its stem."""
     from webdataset import TarWriter
 
@@ -272,6 +287,8 @@ def _write_shard(folder: Path, root: Path, max_pixels: int | None, task: tuple[s
             for position, sample in enumerate(samples, start):
                 try:
                     image = sample.read(root)
+                    if convert:
+                        image = convert(image)
                     extension = _check_image(image, max_pixels)
                 except (OSError, _BadImageError) as error:
                     reason = error.reason if isinstance(error, _BadImageError) else "unreadable"
@@ -324,6 +341,8 @@ def _check_image(image: bytes, max_pixels: int | None) -> str:
         extension, format = "png", "PNG"
     elif image.startswith(b"RIFF") and image[8:12] == b"WEBP":
         extension, format = "webp", "WEBP"
+    elif image.startswith(b"P6"):
+        extension, format = "ppm", "PPM"
     else:
         raise _BadImageError("not JPEG, PNG or WebP", f"the file starts with {image[:16]!r}")
     if max_pixels is None:
@@ -387,6 +406,8 @@ def _check_options(
     if not 1 <= max_pixels <= PILLOW_MAX_PIXELS:
         raise DatasetError(f"max_pixels must be 1 to {PILLOW_MAX_PIXELS} (Pillow's own limit), not {max_pixels}")
     for sample in samples:
+        if sample.fault:  # will be left out, so its label may be what is wrong with it
+            continue
         if (sample.label is not None) if classes is None else sample.label not in range(len(classes)):
             expected = "no label" if classes is None else f"a label from 0 to {len(classes) - 1}"
             raise DatasetError(f"{sample.name!r} has label {sample.label!r}, expected {expected}")
