@@ -12,6 +12,7 @@ writes the tars; it takes seconds to import, so only the writing process does.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -50,14 +51,20 @@ class Sample:
     file: str | None = None  # the file to read, relative to the source's root; None: `name`
     offset: int = 0  # bytes from the start of the file
     size: int = -1  # bytes; -1: to the end of the file
+    fault: str = ""  # why there is nothing to read, where its source knows already: it is left out for that
 
     def read(self, root: Path) -> bytes:
-        """The encoded image. Raises OSError."""
+        """The encoded image. Raises OSError, also where the file ends before the image does."""
+        if self.fault:
+            raise OSError(errno.EINVAL, self.fault)
         if self.data is not None:
             return self.data
         with open(root / (self.file or self.name), "rb") as file:
             file.seek(self.offset)
-            return file.read(self.size)
+            data = file.read(self.size)
+        if len(data) < self.size:
+            raise OSError(errno.EIO, f"{len(data)} of {self.size} bytes are there")
+        return data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +138,7 @@ def write_shards(
     quality: int = 90,
     verify: bool = True,
     max_pixels: int = MAX_PIXELS,
+    convert: Callable[[bytes], bytes] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Dataset:
     """Write `samples`, shuffled by `seed`, as the data set `out`, which must not exist or be an empty folder.
@@ -140,6 +148,7 @@ def write_shards(
     shard_size  most samples per shard. None: 1000, or fewer so that there are about 16 shards to share among readers.
     workers     processes. 1 works in this process; more need the `if __name__ == "__main__":` of multiprocessing.
     on_bad, store, resize, quality, verify, max_pixels: the rules for images, see `pipeline.images.Rules`.
+    convert     makes an image of what a sample reads, such as raw pixels; a function that can be pickled.
     progress    called as progress(images done, images in all) after each shard.
     Images that cannot be used are left out; they and the converted ones are listed in `actions.jsonl`, and all are
     counted in `Dataset.counts`. Where an earlier call with the same samples (files of the same size and time) and
@@ -166,11 +175,12 @@ def write_shards(
             "name": name,
             "classes": None if classes is None else list(classes),
             "samples": _identity(samples, Path(root)),
+            "convert": convert and f"{convert.__module__}.{convert.__qualname__}",
             "versions": [VERSION, version("pillow"), version("webdataset")],
         }
         parts = _finished(folder, job)
         num = sum(part.shard is not None for part in parts)
-        write = partial(_write_shard, folder, Path(root).absolute(), rules)
+        write = partial(_write_shard, folder, Path(root).absolute(), rules, convert)
         try:
             for part in in_order(write, islice(tasks, len(parts), None), workers, ("webdataset", "PIL.Image")):
                 if part.shard:  # shards of which nothing is left leave no gap in the numbers
@@ -320,7 +330,7 @@ def _identity(samples: Sequence[Sample], root: Path) -> str:
     digest = hashlib.sha256()
     for sample in samples:
         content = state(sample.file or sample.name) if sample.data is None else hashlib.sha256(sample.data).digest()
-        identity = (sample.name, sample.label, sample.file, sample.offset, sample.size, content)
+        identity = (sample.name, sample.label, sample.file, sample.offset, sample.size, sample.fault, content)
         digest.update(repr(identity).encode())
     return digest.hexdigest()
 
@@ -392,7 +402,13 @@ class _Hashed:
         return self.file.write(data)
 
 
-def _write_shard(folder: Path, root: Path, rules: Rules, task: tuple[str, int, list[Sample]]) -> _Part:
+def _write_shard(
+    folder: Path,
+    root: Path,
+    rules: Rules,
+    convert: Callable[[bytes], bytes] | None,
+    task: tuple[str, int, list[Sample]],
+) -> _Part:
     """Write one tar and its index, both fsynced. A key is the sample's place in the shuffled order and its stem."""
     from webdataset import TarWriter
 
@@ -410,7 +426,8 @@ def _write_shard(folder: Path, root: Path, rules: Rules, task: tuple[str, int, l
         with TarWriter(tar, user="", group="", mtime=0, encoder=False) as writer:
             for position, sample in enumerate(samples, start):
                 try:
-                    image = prepare(sample.read(root), rules)
+                    data = sample.read(root)
+                    image = prepare(convert(data) if convert else data, rules)
                 except (OSError, BadImageError) as error:
                     reason = error.reason if isinstance(error, BadImageError) else "unreadable"
                     detail = _without_path(error)
@@ -480,6 +497,8 @@ def _check_options(
     if size < 1 or workers < 1:
         raise DatasetError(f"shard_size and workers must be at least 1, not {size} and {workers}")
     for sample in samples:
+        if sample.fault:  # will be left out, so its label may be what is wrong with it
+            continue
         if (sample.label is not None) if classes is None else sample.label not in range(len(classes)):
             expected = "no label" if classes is None else f"a label from 0 to {len(classes) - 1}"
             raise DatasetError(f"{sample.name!r} has label {sample.label!r}, expected {expected}")

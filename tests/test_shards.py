@@ -385,7 +385,7 @@ def stop_after(images: int) -> Callable[[int, int], None]:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_failure_before_the_first_shard_leaves_nothing(tmp_path: Path, workers: int) -> None:
-    """The error reaches the caller unchanged, here from the reading of a file that is a folder."""
+    """Here a folder and a missing file: there is nothing that a next call could go on from."""
     (tmp_path / "images" / "a").mkdir(parents=True)
     samples = [Sample("a", 0), Sample("b", 0)]
     with pytest.raises(DatasetError, match="none of the 2 images can be used"):

@@ -20,6 +20,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
+from typer.testing import CliRunner, Result
 
 from pipeline.audit import Fault, quarantine, verify
 from pipeline.images import BadImageError, OnBad, Rules, ppm, ppm_shape, prepare
@@ -27,6 +28,7 @@ from pipeline.loader import LoaderError, build_eval_loader, build_loader
 from pipeline.shards import Dataset, DatasetError, Sample, read_dataset, write_shards
 from pipeline.views import ViewConfig
 from tests.test_shards import contents, labels, stored
+from tools.make_shards import app
 
 CPU = torch.device("cpu")
 PLAIN = ViewConfig(size=48, eval_crop=1.0, mean=(0.0, 0.0, 0.0), std=(1 / 255, 1 / 255, 1 / 255))
@@ -605,3 +607,60 @@ def test_a_quarantine_that_was_cut_short_changes_nothing(tmp_path: Path, monkeyp
             quarantine(dataset.root, keys)
     assert read_dataset(dataset.root) == dataset
     assert quarantine(dataset.root, keys).samples == 20 - len(keys)
+
+
+# ---- the commands
+
+
+def command(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_verify_and_quarantine_work_hand_in_hand(tmp_path: Path) -> None:
+    """verify names the fault and ends with 1; its report tells quarantine what to leave out; then images all decode."""
+    dataset = whole(tmp_path / "set")
+    clean = command("verify", dataset.root, "--images", "--workers", 1)
+    assert (clean.exit_code, clean.stderr) == (0, "")
+    assert re.search(r"set: no fault in 20 samples in 4 shards \(\d+ samples/s, \d+ MiB/s\)", clean.stdout)
+    shard, key = spoil_image(dataset)
+    report = tmp_path / "faults.jsonl"
+    found = command("verify", dataset.root, "--report", report, "--workers", 1)
+    assert found.exit_code == 1
+    assert f"{shard} {key}: {key}.png: no image (" in found.stdout
+    assert f"{shard}: its sha256 is not that" in found.stdout
+    assert "2 faults in 20 samples" in found.stdout
+    left = command("quarantine", dataset.root, "--from", report)
+    assert (left.exit_code, left.stdout) == (0, f"{dataset.root}: 19 samples in 4 shards, 1 in quarantine\n")
+    again = command("verify", dataset.root, "--workers", 1)
+    assert "1 faults in 19 samples" in again.stdout  # the tar stays as damaged as it was
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["verify", "nowhere"], "nowhere is no data set: it does not exist"),
+        (["quarantine", "nowhere", "key"], "nowhere is no data set: it does not exist"),
+        (["quarantine", "set"], "there is no key to leave out"),
+        (["quarantine", "set", "key"], "has no sample key"),
+        (["quarantine", "set", "--from", "set/dataset.json"], "is not a report of verify"),
+    ],
+)
+def test_each_mistake_ends_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    """Exit code 2, and nothing changes."""
+    monkeypatch.chdir(tmp_path)
+    dataset = whole(tmp_path / "set")
+    result = command(*arguments)
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert message in result.stderr
+    assert read_dataset(dataset.root) == dataset
+
+
+def test_a_report_is_never_overwritten(tmp_path: Path) -> None:
+    dataset = whole(tmp_path / "set")
+    (tmp_path / "report").write_text("mine")
+    result = command("verify", dataset.root, "--report", tmp_path / "report")
+    assert result.exit_code == 2
+    assert "exists, and nothing is ever overwritten" in result.stderr
+    assert (tmp_path / "report").read_text() == "mine"
