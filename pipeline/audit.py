@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.images import MAX_PIXELS, BadImageError, Rules, ppm_shape, prepare
-from pipeline.shards import Dataset, DatasetError, Shard, in_order, manifest, read_dataset, shard_fault, write_text
+from pipeline.shards import Dataset, DatasetError, Shard, manifest, read_dataset, shard_fault, write_text
+from pipeline.workers import in_order
 
 ORIGINAL = "dataset.json.original"
 

@@ -18,7 +18,8 @@ from typer.testing import CliRunner, Result
 
 import pipeline.demo
 from pipeline import sources
-from pipeline.shards import read_dataset, write_shards
+from pipeline.shards import read_dataset
+from pipeline.write import write_shards
 from tests.test_shards import BAD, contents, picture, stored
 from tests.test_sources import (
     TRUTH,

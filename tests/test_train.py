@@ -25,7 +25,8 @@ from model.checkpoint import latest, load_encoder
 from model.encoder import build_encoder
 from model.nt_xent import nt_xent
 from model.simclr import ProjectionHead, SimCLR
-from pipeline.shards import Sample, write_shards
+from pipeline.shards import Sample
+from pipeline.write import write_shards
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM, BATCH = 70, 16  # four steps an epoch, six samples over

@@ -25,8 +25,9 @@ from typer.testing import CliRunner, Result
 from pipeline.audit import Fault, quarantine, verify
 from pipeline.images import BadImageError, OnBad, Rules, ppm, ppm_shape, prepare
 from pipeline.loader import LoaderError, build_eval_loader, build_loader
-from pipeline.shards import Dataset, DatasetError, Sample, read_dataset, write_shards
+from pipeline.shards import Dataset, DatasetError, Sample, read_dataset
 from pipeline.views import ViewConfig
+from pipeline.write import write_shards
 from tests.test_shards import contents, labels, stored
 from tools.make_shards import app
 

@@ -102,7 +102,7 @@ def write(
     name: Name = None,
 ) -> None:
     """Write what was found; each option of this function is one of every command that finds a source."""
-    from pipeline.shards import write_shards
+    from pipeline.write import write_shards
 
     labels = f"{len(source.classes)} classes" if source.classes is not None else "no labels"
     typer.echo(f"{source.name}: {len(source.samples)} images, {labels}")
