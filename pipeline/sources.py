@@ -494,7 +494,7 @@ def _devkit(archive: Path) -> tuple[list[str], list[str]]:
 # ---- raw pixels: kept as binary PPM, which is a short header and the pixels -----------------------------------------
 
 
-def ppm(width: int, height: int, pixels: bytes) -> bytes:
+def ppm(pixels: bytes, height: int, width: int) -> bytes:
     """A binary PPM of 8-bit RGB pixels, row by row."""
     return b"P6\n%d %d\n255\n" % (width, height) + pixels
 
@@ -505,7 +505,7 @@ def cifar(classes: Literal[10, 100], root: Path, split: Literal["train", "test"]
 
     data = _original({10: CIFAR10, 100: CIFAR100}[classes], root, download, train=split == "train")
     samples = [
-        Sample(f"{split}/{i:05d}.ppm", int(label), ppm(32, 32, image.tobytes()))
+        Sample(f"{split}/{i:05d}.ppm", int(label), ppm(image.tobytes(), 32, 32))
         for i, (image, label) in enumerate(zip(data.data, data.targets, strict=True))
     ]
     return Source(samples=samples, classes=list(data.classes), name=f"cifar{classes}-{split}")
@@ -545,7 +545,7 @@ def stl10_ppm(pixels: bytes) -> bytes:
     import numpy as np
 
     planes = np.frombuffer(pixels, np.uint8).reshape(3, STL_SIDE, STL_SIDE)
-    return ppm(STL_SIDE, STL_SIDE, planes.transpose(2, 1, 0).tobytes())
+    return ppm(planes.transpose(2, 1, 0).tobytes(), STL_SIDE, STL_SIDE)
 
 
 def _original(reader: Any, root: Path, download: bool, **split: Any) -> Any:
