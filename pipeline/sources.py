@@ -472,7 +472,7 @@ def _devkit(archive: Path) -> tuple[list[str], list[str]]:
         from scipy.io import loadmat
     except ImportError as error:
         raise DatasetError(
-            f"reading {archive} needs scipy (pip install 'swiftclr[eval]'); or give a text file, one WNID a line"
+            f"reading {archive} needs scipy, which the extra 'eval' brings; or give a text file, one WNID a line"
         ) from error
     try:
         with gzip.open(archive) as packed:
