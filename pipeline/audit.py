@@ -75,7 +75,7 @@ def quarantine(path: str | Path, keys: Iterable[str]) -> Dataset:
         fcntl.flock(lock, fcntl.LOCK_EX)
         dataset = read_dataset(path)
         before = set(dataset.counts.get("quarantined", ()))
-        wanted = set(keys) - before
+        wanted = {key.partition(".")[0] for key in keys} - before  # a member's name will do: keys have no dot
         found: set[str] = set()
         shards = []
         for shard in dataset.shards:

@@ -67,19 +67,15 @@ def _read(reader: Reader) -> tuple[DataNode, DataNode | None]:
     return encoded, fn.pad(label, shape=[LABEL_DIGITS])
 
 
-def _decode(encoded: DataNode, raw: tuple[int, int] | None, gpu: bool) -> DataNode:
-    if raw:  # the pixels lie there as they are, behind the header
-        pixels = fn.slice(encoded, start=[len(ppm_header(*raw))], shape=[3 * raw[0] * raw[1]], axes=[0])
-        image = fn.reshape(pixels, shape=[*raw, 3], layout="HWC")
-        return image.gpu() if gpu else image
-    return fn.decoders.image(encoded, device="mixed" if gpu else "cpu", output_type=types.RGB, adjust_orientation=False)
-
-
-def _shape(encoded: DataNode, raw: tuple[int, int] | None) -> DataNode:
-    """Height and width (and channels) of the decoded image, as floats."""
-    if raw:
-        return types.Constant(np.array(raw, np.float32))
-    return fn.peek_image_shape(encoded, dtype=types.FLOAT, adjust_orientation=False)
+def _image(encoded: DataNode, reader: Reader, gpu: bool) -> tuple[DataNode, DataNode]:
+    """The decoded image, and its height and width (and channels) as floats on the CPU."""
+    if reader.raw:  # the pixels lie there as they are, behind the header
+        skip, num = len(ppm_header(*reader.raw)), 3 * reader.raw[0] * reader.raw[1]
+        image = fn.reshape(fn.slice(encoded, [skip], [num], axes=[0]), shape=[*reader.raw, 3], layout="HWC")
+        return image.gpu() if gpu else image, types.Constant(np.array(reader.raw, np.float32))
+    shape = fn.peek_image_shape(encoded, dtype=types.FLOAT, adjust_orientation=False)
+    device = "mixed" if gpu else "cpu"
+    return fn.decoders.image(encoded, device=device, output_type=types.RGB, adjust_orientation=False), shape
 
 
 def _windows(shape: DataNode, width: DataNode, height: DataNode, offset: DataNode, config: ViewConfig) -> Any:
@@ -175,8 +171,8 @@ def two_views(
         width, height, offset, *rest = fn.external_source(
             source, num_outputs=len(joint) + 2 * len(names), batch=True, batch_info=True
         )
-        start, end = _windows(_shape(encoded, reader.raw), width, height, offset, config)
-        image = _decode(encoded, reader.raw, gpu=device_id is not None)
+        image, shape = _image(encoded, reader, gpu=device_id is not None)
+        start, end = _windows(shape, width, height, offset, config)
         views = []
         for i in range(2):
             draws = SimpleNamespace(**dict(zip(names, rest[i * len(names) :], strict=False)))
@@ -194,7 +190,7 @@ def plain_view(
     @pipeline_def(batch_size=batch_size, num_threads=num_threads, device_id=device_id)
     def graph() -> tuple[DataNode, ...]:
         encoded, label = _read(reader)
-        image = _decode(encoded, reader.raw, gpu=device_id is not None)
+        image, _ = _image(encoded, reader, gpu=device_id is not None)
         shorter = round(config.size / config.eval_crop)
         image = fn.resize(image, resize_shorter=shorter, interp_type=_INTERP[config.interpolation])
         image = fn.crop(image, crop=[config.size, config.size])

@@ -537,7 +537,7 @@ def test_quarantined_samples_are_not_read_any_more(tmp_path: Path) -> None:
     keys = {label: place(dataset, label, "cls")[1] for label in (3, 4, 11)}
     after = quarantine(dataset.root, [keys[3]])
     assert after.samples == 19
-    after = quarantine(dataset.root, [*keys.values(), keys[3]])
+    after = quarantine(dataset.root, [*keys.values(), f"{keys[3]}.png"])
     assert after == read_dataset(dataset.root)
     assert after.counts["quarantined"] == sorted(keys.values())
     assert after.samples == 17
