@@ -417,6 +417,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object], dict[str, Any], str]] = {
     "another seed": (lambda _: None, {"seed": 1}, "seed differ"),
     "another rule": (lambda _: None, {"resize": 8}, "resize differ"),
     "another quality and name": (lambda _: None, {"quality": 80, "name": "x"}, "quality, name differ"),
+    "another conversion": (lambda _: None, {"convert": bytes}, "convert differ"),
     "another shard size": (lambda _: None, {"shard_size": 3}, "shard_size differ"),
     "a file of another size": (lambda root: (root / "3").write_bytes(picture(99)), {}, "samples differ"),
     "a file written again": (lambda root: os.utime(root / "3", ns=(0, 0)), {}, "samples differ"),

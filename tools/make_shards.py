@@ -298,7 +298,7 @@ def verify(
             report.write_text("".join(f"{json.dumps(asdict(fault))}\n" for fault in faults), encoding="ascii")
         mib = sum(shard.bytes for shard in dataset.shards) / 2**20
         rate = f"{dataset.samples / seconds:.0f} samples/s, {mib / seconds:.0f} MiB/s"
-        found = f"{len(faults)} faults" if faults else "no fault"
+        found = f"{len(faults) or 'no'} fault{'s' * (len(faults) > 1)}"
         typer.echo(f"{folder}: {found} in {dataset.samples} samples in {len(dataset.shards)} shards ({rate})")
         if faults:
             raise typer.Exit(1)
