@@ -3,6 +3,7 @@
 environment() -> dict                       where: processor, GPU, driver, versions, commit, date
 time_interleaved({name: f}) -> {name: ms}   all contestants in turn, so that a busy machine slows all alike
 peak_extra_mib(f) -> float                  most memory in use during f() above what was in use before
+count_kernels(f) -> int                     kernels that f() launches on a GPU, by the profiler
 append(record, rows)                        rows are added to a CSV, never edited
 """
 
@@ -100,6 +101,16 @@ def peak_extra_mib(run: Callable[[], object]) -> float:
     before = _resident_mib("VmRSS")
     run()
     return _resident_mib("VmHWM") - before
+
+
+def count_kernels(run: Callable[[], object]) -> int:
+    """Kernels that run() launches on the GPU, without copies and fills; warm up first."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        run()
+        torch.cuda.synchronize()
+    names = [event.name for event in seen.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(not name.startswith(("Memcpy", "Memset")) for name in names)
 
 
 def append(record: Path | str, rows: Sequence[Mapping[str, object]]) -> None:
