@@ -59,6 +59,7 @@ class TrainConfig:
     stem: Annotated[
         Literal["auto", "standard", "small"], "First layers; auto is small (3x3, no pooling) up to 64 px."
     ] = "auto"
+    selective_kernel: Annotated[bool, "SimCLRv2's selective kernels and ResNet-D, from depth 50 on."] = False
     head: Annotated[
         Literal["none", "linear", "nonlinear", "nonlinear3"], "Projection head; the paper's is nonlinear."
     ] = "nonlinear"
@@ -306,7 +307,7 @@ def train(
     # Model
     torch.manual_seed(config.seed)
     stem: Any = ("small" if config.views.size <= 64 else "standard") if config.stem == "auto" else config.stem
-    encoder = build_encoder(config.depth, width=config.width, stem=stem)
+    encoder = build_encoder(config.depth, width=config.width, stem=stem, selective_kernel=config.selective_kernel)
     head = ProjectionHead(encoder.num_features, kind=config.head, out_features=config.projection_dim)
     network: nn.Module = SimCLR(encoder, head).to(device).to(memory_format=torch.channels_last)
     if config.sync_bn:
