@@ -13,6 +13,7 @@ import csv
 import ctypes
 import datetime
 import gc
+import itertools
 import os
 import platform
 import statistics
@@ -23,6 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -79,7 +81,29 @@ def time_interleaved(
         for name, run in contestants.items():
             times[name].append(_cuda_ms(run) if cuda else _cpu_ms(run))
         rounds += 1
-    return {name: _timing(values) for name, values in times.items()}
+    return {name: timing(values) for name, values in times.items()}
+
+
+class Marks:
+    """Points in time, on the GPU's clock where there is one; marking waits for nothing."""
+
+    def __init__(self, cuda: bool) -> None:
+        self.cuda, self.points = cuda, list[Any]()
+
+    def __call__(self) -> None:
+        if self.cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.points.append(event)
+        else:
+            self.points.append(time.perf_counter())
+
+    def intervals_ms(self) -> list[float]:
+        """Milliseconds from each mark to the next; waits until the GPU has passed the last one."""
+        if self.cuda:
+            torch.cuda.synchronize()
+            return [a.elapsed_time(b) for a, b in itertools.pairwise(self.points)]
+        return [(b - a) * 1e3 for a, b in itertools.pairwise(self.points)]
 
 
 def peak_extra_mib(run: Callable[[], object]) -> float:
@@ -134,7 +158,8 @@ def append(record: Path | str, rows: Sequence[Mapping[str, object]]) -> None:
         writer.writerows(rows)
 
 
-def _timing(values: list[float]) -> Timing:
+def timing(values: Sequence[float]) -> Timing:
+    """The summary of milliseconds measured one by one."""
     values = sorted(values)
     last = len(values) - 1
     return Timing(statistics.median(values), values[round(0.2 * last)], values[round(0.8 * last)], len(values))
