@@ -199,7 +199,7 @@ def sweep(
         row |= {"median_ms": f"{total.median:.4g}", "p20_ms": f"{total.p20:.4g}", "p80_ms": f"{total.p80:.4g}"}
         row |= {f"{part}_ms": median for part, median in zip(PARTS, medians, strict=True)} | {"runs": total.runs}
         row |= {"images_per_s": f"{images_per_s:.1f}", "views_per_s": f"{2 * images_per_s:.1f}"}
-        row |= {"peak_extra_mib": f"{peak:.1f}", "mfu": f"{mfu:.3f}", "lars_kernels": kernels, **where}
+        row |= {"peak_extra_mib": f"{peak:.1f}", "mfu": f"{mfu:.3g}", "lars_kernels": kernels, **where}
         rows.append(row)
         if main:
             cells = "".join(f"{median:>10}" for median in medians)

@@ -24,17 +24,17 @@ def rows_of(path):
 
 def test_a_sweep_records_every_contestant_and_its_parts(tmp_path):
     """The parts add up to the step, and rates follow from its median."""
-    step.sweep("cpu", 4, 16, TINY, KINDS, 3, 1, tmp_path / "step.csv", profile=True)
+    step.sweep("cpu", 4, 16, TINY, KINDS, 1, 1, tmp_path / "step.csv", profile=True)
     rows = rows_of(tmp_path / "step.csv")
     assert [(row["layout"], row["precision"]) for row in rows] == [("nchw", "fp32"), ("nhwc", "bf16")]
     for row in rows:
         total, parts = float(row["median_ms"]), [float(row[f"{part}_ms"]) for part in step.PARTS]
         assert min(parts) > 0
-        assert float(row["p20_ms"]) <= total <= float(row["p80_ms"])
-        assert max(parts) < float(row["p80_ms"])
+        assert sum(parts) == pytest.approx(total, rel=1e-2)
         assert float(row["views_per_s"]) == pytest.approx(8 / total * 1e3, rel=1e-2)
-        assert 0 < float(row["mfu"]) < 1
-        assert (row["images"], row["runs"], row["world_size"], row["lars_kernels"]) == ("4", "3", "1", "")
+        assert float(row["peak_extra_mib"]) >= 0
+        assert float(row["mfu"]) > 0
+        assert (row["images"], row["runs"], row["world_size"], row["lars_kernels"]) == ("4", "1", "1", "")
 
 
 def test_a_benchmarked_step_trains():
