@@ -15,7 +15,7 @@ from nvidia.dali import fn, math, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 
-from pipeline.shards import MAX_PIXELS
+from pipeline.images import MAX_PIXELS, ppm_header
 from pipeline.views import ATTEMPTS, Draws, ViewConfig
 
 LABEL_DIGITS = 10  # .cls members hold the label as ASCII digits; they leave the graph padded with zeros to this width
@@ -34,6 +34,7 @@ class Reader:
     indexes: Sequence[str]
     image_ext: str  # "jpg", or alternatives as in "jpg;png"
     labelled: bool
+    raw: tuple[int, int] | None = None  # (height, width) if all images are PPMs of this size, as `pipeline.images.ppm`
     max_pixels: int = MAX_PIXELS  # larger images are an error, whatever a header claims
     hw_decoder_load: float = 0.65  # share of a batch's JPEGs for the GPU's hardware decoder, if it has one; DALI's own
     rank: int = 0
@@ -68,32 +69,34 @@ def _read(reader: Reader) -> tuple[DataNode, DataNode | None]:
     return encoded, fn.pad(label, shape=[LABEL_DIGITS])
 
 
-def _checked(encoded: DataNode, max_pixels: int) -> tuple[DataNode, DataNode]:
-    """The same bytes, and each image's (height, width, channels) float32; a broken or too large header is an error.
+def _image(encoded: DataNode, reader: Reader, gpu: bool) -> tuple[DataNode, DataNode]:
+    """The decoded image, and its height and width (and channels) as floats on the CPU.
 
-    The decoder depends on this: DALI 2.4 parses the headers of a batch in its thread pool and the last of them beside
-    it. When one of those raises, the pool goes on writing to a stack frame that has gone, and the process crashes.
+    A header that does not parse, or claims too many pixels, is an error before the decoder sees it. DALI 2.4's parses
+    the headers of a batch in its thread pool, and the last of them beside it: when one of those raises, the pool goes
+    on writing to a stack frame that has gone, and the process crashes.
     """
+    if reader.raw:  # the pixels lie there as they are, behind the header
+        skip, num = len(ppm_header(*reader.raw)), 3 * reader.raw[0] * reader.raw[1]
+        image = fn.reshape(fn.slice(encoded, [skip], [num], axes=[0]), shape=[*reader.raw, 3], layout="HWC")
+        return image.gpu() if gpu else image, types.Constant(np.array(reader.raw, np.float32))
     shape = fn.peek_image_shape(encoded, dtype=types.FLOAT, adjust_orientation=False)
-    fits = shape[0:1] * shape[1:2] <= float(max_pixels)
-    return fn.reshape(encoded, rel_shape=fits * 1.0), shape  # a view of the same bytes, or of none, which is refused
-
-
-def _decode(encoded: DataNode, reader: Reader, gpu: bool) -> DataNode:
-    return fn.decoders.image(
-        encoded,
+    fits = shape[0:1] * shape[1:2] <= float(reader.max_pixels)
+    image = fn.decoders.image(
+        fn.reshape(encoded, rel_shape=fits * 1.0),  # a view of the same bytes; of none, which is refused, if too large
         device="mixed" if gpu else "cpu",
         output_type=types.RGB,
         adjust_orientation=False,
         hw_decoder_load=reader.hw_decoder_load,
     )
+    return image, shape
 
 
 def _windows(shape: DataNode, width: DataNode, height: DataNode, offset: DataNode, config: ViewConfig) -> Any:
     """Start and end (2, 2) of both views' crops, rows (y, x) relative to the image: the first candidate that fits.
 
-    width, height (2, 10) and offset (2, 2) are those of `Draws`. Both views go through each node together: at 32 pixels
-    these few numbers cost as much as the pixels, since every node costs microseconds per sample.
+    shape is the image's; width, height (2, 10) and offset (2, 2) are those of `Draws`. Both views go through each node
+    together: at 32 pixels these few numbers cost as much as the pixels, since every node costs microseconds per sample.
     """
     square = shape[0] / shape[1]
     tall = math.sqrt(square)  # candidates are in units of sqrt(H W): the image is 1 / tall wide and tall high
@@ -182,9 +185,8 @@ def two_views(
         width, height, offset, *rest = fn.external_source(
             source, num_outputs=len(joint) + 2 * len(names), batch=True, batch_info=True
         )
-        encoded, shape = _checked(encoded, reader.max_pixels)
+        image, shape = _image(encoded, reader, gpu=device_id is not None)
         start, end = _windows(shape, width, height, offset, config)
-        image = _decode(encoded, reader, gpu=device_id is not None)
         views = []
         for i in range(2):
             draws = SimpleNamespace(**dict(zip(names, rest[i * len(names) :], strict=False)))
@@ -202,8 +204,7 @@ def plain_view(
     @pipeline_def(batch_size=batch_size, num_threads=num_threads, device_id=device_id, enable_checkpointing=True)
     def graph() -> tuple[DataNode, ...]:
         encoded, label = _read(reader)
-        encoded, _ = _checked(encoded, reader.max_pixels)
-        image = _decode(encoded, reader, gpu=device_id is not None)
+        image, _ = _image(encoded, reader, gpu=device_id is not None)
         shorter = round(config.size / config.eval_crop)
         image = fn.resize(image, resize_shorter=shorter, interp_type=_INTERP[config.interpolation])
         image = fn.crop(image, crop=[config.size, config.size])

@@ -321,6 +321,7 @@ def _reader(dataset: Dataset, rank: int, world_size: int, shuffle: int, seed: in
         image_ext=";".join(dataset.extensions),
         labelled=dataset.labelled,
         max_pixels=dataset.options["max_pixels"],
+        raw=dataset.raw,
         rank=rank,
         world_size=world_size,
         shuffle=shuffle,

@@ -20,8 +20,9 @@ import torch
 from PIL import Image
 
 from pipeline.loader import Batch, Loader, LoaderError, build_eval_loader, build_loader
-from pipeline.shards import Dataset, Sample, Shard, read_dataset, write_shards
+from pipeline.shards import Dataset, Sample, Shard, read_dataset
 from pipeline.views import VIEWS, ViewConfig, make_views
+from pipeline.write import write_shards
 
 CPU = torch.device("cpu")
 NUM = 23

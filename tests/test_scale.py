@@ -5,16 +5,15 @@ By hand, at full size: python -m tests.test_scale FOLDER
 
 import hashlib
 import io
-import json
 import os
 import subprocess
 import sys
 import tarfile
 import time
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
-from pipeline.shards import FORMAT, VERSION, Dataset, Shard
+from pipeline.shards import Dataset, Shard, manifest
 from tests.test_loader import noise
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,13 +93,9 @@ def write_many(folder: Path, samples: int, shards: int) -> None:
         extensions=("png",),
         options={"max_pixels": 64_000_000},
         counts={},
-        shards=tuple(
-            Shard(**asdict(written[count]) | {"file": f"train-{i:06d}.tar"}) for i, count in enumerate(counts)
-        ),
+        shards=tuple(replace(written[count], file=f"train-{i:06d}.tar") for i, count in enumerate(counts)),
     )
-    manifest = {"format": FORMAT, "version": VERSION, "fingerprint": dataset.fingerprint, **asdict(dataset)}
-    del manifest["root"]
-    (folder / "dataset.json").write_text(json.dumps(manifest))
+    (folder / "dataset.json").write_text(manifest(dataset))
 
 
 def open_and_start(folder: Path, shuffle: int) -> list[str]:
