@@ -167,17 +167,18 @@ def ours(task: Task, **changes: Any) -> Batches:
 
 
 def read(task: Task, *, decode: bool = False) -> Batches:
-    """The pipeline's reader and shuffle buffer, alone or with its decoder."""
-    from nvidia.dali import pipeline_def
+    """The pipeline's reader and shuffle buffer, alone or with a decoder."""
+    from nvidia.dali import fn, pipeline_def, types
 
     from pipeline import graph, loader
 
     dataset = read_dataset(task.shards)
+    device = "cpu" if task.device == "cpu" else "mixed"
 
     @pipeline_def(batch_size=task.batch_size, num_threads=task.threads, device_id=task.device_id)
     def build() -> Any:
         encoded, _ = graph._read(loader._reader(dataset, 0, 1, SHUFFLE, 0))
-        return graph._decode(encoded, gpu=task.device == "cuda") if decode else encoded
+        return fn.decoders.image(encoded, device=device, output_type=types.RGB) if decode else encoded
 
     pipe = build()
     full, rest = divmod(dataset.samples, task.batch_size)
@@ -508,6 +509,8 @@ def _serve(name: str, task: Task, link: Connection) -> None:
         batches = (STAGES | PEERS)[name](task)
         while True:
             link.send(take_turn(batches, link.recv(), task.threads))
+    except (EOFError, BrokenPipeError):  # the benchmark has ended
+        return
     except Exception as error:
         link.send(f"{type(error).__name__}: {error}")
 
