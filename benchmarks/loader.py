@@ -592,7 +592,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         color=["C3" if row["implementation"].startswith(OURS) else "0.7" for row in loaders],
     )
     right.bar_label(bars, [f" {row['cpu_ms']} ms, {row['images_per_s']} images/s" for row in loaders], fontsize=8)
-    right.margins(x=0.35)
+    right.margins(x=0.5)
     right.set(xlabel="CPU ms per source image", title=f"two views from the same files, {counts[-1]} threads or workers")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
