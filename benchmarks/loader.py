@@ -13,7 +13,8 @@ coin deciding which result to keep (masks, as solo-learn does).
 
 Every loader lives in a process of its own, pinned to the same cores, and stands still between its turns; rounds go
 through all of them, the first is warm-up, and the median of the rest counts. Rows go to records/loader.csv, the plot to
-records/loader-DEVICE-SIZE.png. CPU ms per source image hold on a busy machine too; images/s do not: see `load`.
+records/loader-DEVICE-SIZE.png. CPU ms per source image depend on what else the machine does far less than images/s do,
+but still by a third: for either, look at the record's `load`, and compare within one run only.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def main(
 
     for count in counts:
         asked = replace(task, threads=count)
-        measure("stage", {name: (name, asked) for name in stages(config)})
+        measure("stage", {name: (name, asked) for name in stages(config, dataset)})
         if cuda:
             loads = hw_decoder_load or [0.0, 0.35, 0.65, 0.9]
             measure("decoder", {f"{OURS}, {load}": (OURS, replace(asked, hw_decoder_load=load)) for load in loads})
@@ -220,9 +221,12 @@ STAGES: dict[str, Callable[[Task], Batches]] = {
 }
 
 
-def stages(config: ViewConfig) -> list[str]:
+def stages(config: ViewConfig, dataset: Dataset) -> list[str]:
     """Each with all before it, except the last: that is alone, and what "crop" and the following have at their end."""
-    return [name for name in STAGES if config.blur_p or name != "blur"]
+    idle = {"blur"} if not config.blur_p else set()
+    if dataset.extensions == ("ppm",):  # bare pixels: nothing is decoded
+        idle.add("decode")
+    return [name for name in STAGES if name not in idle]
 
 
 # ------------------------------------------------------------------------------------------------------------- peers

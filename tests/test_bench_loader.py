@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmarks import loader
 from benchmarks.loader import HAND_OVER, PEERS, STAGES, Task
 from benchmarks.measure import Timing, cpu_seconds
-from pipeline.shards import Sample, write_shards
+from pipeline.shards import Sample, read_dataset, write_shards
 from pipeline.views import ViewConfig, make_views
 
 NUM, BATCH, SIZE = 12, 4, 16
@@ -289,3 +289,12 @@ def test_loaders_are_given_no_time_of_others(flats: Task) -> None:
         assert cpu.median > 0
         assert (wall.runs, cpu.runs) == (loader.ROUNDS, loader.ROUNDS)
     assert found["a"][1].median < found["b"][1].median
+
+
+def test_stages_that_do_nothing_are_left_out(flats: Task) -> None:
+    """No blur at 32 pixels, and no decoder where pixels are stored bare."""
+    dataset, cifar = read_dataset(flats.shards), make_views("cifar")
+    assert loader.stages(make_views("imagenet"), dataset) == list(STAGES)
+    assert loader.stages(cifar, dataset) == [name for name in STAGES if name != "blur"]
+    bare = replace(dataset, extensions=("ppm",))
+    assert loader.stages(cifar, bare) == [name for name in STAGES if name not in ("blur", "decode")]
