@@ -224,7 +224,7 @@ STAGES: dict[str, Callable[[Task], Batches]] = {
 def stages(config: ViewConfig, dataset: Dataset) -> list[str]:
     """Each with all before it, except the last: that is alone, and what "crop" and the following have at their end."""
     idle = {"blur"} if not config.blur_p else set()
-    if dataset.extensions == ("ppm",):  # bare pixels: nothing is decoded
+    if dataset.raw:  # bare pixels are not decoded
         idle.add("decode")
     return [name for name in STAGES if name not in idle]
 

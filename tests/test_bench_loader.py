@@ -22,8 +22,9 @@ from torch import Tensor
 from benchmarks import loader
 from benchmarks.loader import HAND_OVER, PEERS, STAGES, Task
 from benchmarks.measure import Timing, cpu_seconds
-from pipeline.shards import Sample, read_dataset, write_shards
+from pipeline.shards import Sample, read_dataset
 from pipeline.views import ViewConfig, make_views
+from pipeline.write import write_shards
 
 NUM, BATCH, SIZE = 12, 4, 16
 LEVELS = {"size": SIZE, "mean": [0.0] * 3, "std": [1 / 255] * 3}  # views come out as grey levels
@@ -296,5 +297,5 @@ def test_stages_that_do_nothing_are_left_out(flats: Task) -> None:
     dataset, cifar = read_dataset(flats.shards), make_views("cifar")
     assert loader.stages(make_views("imagenet"), dataset) == list(STAGES)
     assert loader.stages(cifar, dataset) == [name for name in STAGES if name != "blur"]
-    bare = replace(dataset, extensions=("ppm",))
+    bare = replace(dataset, raw=(32, 32))
     assert loader.stages(cifar, bare) == [name for name in STAGES if name not in ("blur", "decode")]
