@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks import loader
 from benchmarks.loader import HAND_OVER, PEERS, STAGES, Task
-from benchmarks.measure import Timing, cpu_seconds
+from benchmarks.measure import Timing, cpu_seconds, timing
 from pipeline.shards import Sample, read_dataset
 from pipeline.views import ViewConfig, make_views
 from pipeline.write import write_shards
@@ -216,7 +216,7 @@ def in_this_process(runs: dict[str, tuple[str, Task]], _: float) -> dict[str, tu
         turns = [loader.take_turn(batches, 0, task.threads) for _ in range(3)]
         batches.close()  # type: ignore[attr-defined]
         wall, cpu = ([1e3 * getattr(turn, which) / turn.images for turn in turns] for which in ("wall_s", "cpu_s"))
-        found[label] = (Timing.of(wall), Timing.of(cpu))
+        found[label] = (timing(wall), timing(cpu))
     return found
 
 
