@@ -403,7 +403,7 @@ def test_two_processes_train_resume_and_refuse_one(shards: Path, tmp_path: Path)
     out = tmp_path / "run"
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    common = [*TINY, "--data", str(shards), "--eval-data", str(shards), "--out", str(out)]
+    common = [*TINY, "--data", str(shards), "--eval-data", str(shards), "--out", str(out), "--micro-batch", "4"]
     done = subprocess.run(
         [*launch, str(ROOT / "train.py"), *common, "--steps", "5"], capture_output=True, text=True, timeout=300
     )
