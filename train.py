@@ -96,7 +96,7 @@ class TrainConfig:
         int, "Micro-batches encoded once and not twice, for their memory. 0: as many as fit a GPU, on a CPU one."
     ] = 0
     max_skipped: Annotated[
-        int, "Steps in a row that may be skipped, for a gradient that is not finite, before it ends."
+        int, "End the run after so many steps in a row that were skipped because the gradient was not finite."
     ] = 10
     log_every: Annotated[int, "Steps between log lines."] = 10
     checkpoint_every: Annotated[int, "Steps between checkpoints; the last step always makes one."] = 500
@@ -205,7 +205,7 @@ class Outcome(NamedTuple):
 
     loss: "Tensor"  # of this process's rows
     skipped: "Tensor"  # 1 if the gradient was not finite and nothing changed, else 0; the same on all processes
-    blind: "Tensor"  # 1 if this process's own z was not finite, else 0: NT-Xent spreads it to all
+    source: "Tensor"  # 1 if this process's own z was not finite, else 0; the loss carries that to all processes
 
 
 def train_step(
@@ -454,8 +454,8 @@ def train(
         pending.clear()
         log.metrics(rows)
         if broken := [row["step"] for row in rows if row.get("skipped", 0) >= config.max_skipped]:
-            blind = table[..., 2].any(1).nonzero().flatten().tolist()
-            where = f"rank {', '.join(map(str, blind))}" if blind else "no rank, so the loss or its gradient overflowed"
+            ranks = table[..., 2].any(1).nonzero().flatten().tolist()
+            where = f"rank {', '.join(map(str, ranks))}" if ranks else "no rank, so the loss or its gradient overflowed"
             raise FloatingPointError(
                 f"{config.max_skipped} steps in a row, up to step {broken[0]}, had a gradient that is not finite and "
                 f"were skipped; z was not finite on {where}. The weights and checkpoints are whole: look at the images "

@@ -155,18 +155,20 @@ def plan(
         return Plan(micro_batch, images // micro_batch, min(keep or 1, images // micro_batch), offload=False)
 
     torch.cuda.empty_cache()
-    room = int(ROOM * torch.cuda.mem_get_info(like.device)[0])
+    free = torch.cuda.mem_get_info(like.device)[0]
+    room = int(ROOM * free)
     views = 2 * images * like.numel() * like.element_size()
     offload = views > room // 4
     room -= 0 if offload else views
     for candidate in [micro_batch] if micro_batch else divisors(images):
+        most = free if micro_batch else room
         # Twice: in the first run of a size the libraries hold what they try out.
-        needs = _needs(model, candidate, like, room) and _needs(model, candidate, like, room)
+        needs = _needs(model, candidate, like, most) and _needs(model, candidate, like, most)
         if agree(needs is not None):
             break
     else:
         raise ValueError(
-            f"{candidate} image(s) of {tuple(like.shape[1:])} in one micro-batch do not fit the {room >> 20} MiB that "
+            f"{candidate} image(s) of {tuple(like.shape[1:])} in one micro-batch do not fit the {most >> 20} MiB that "
             f"are free on {like.device}; give a smaller --micro-batch or a smaller encoder"
         )
     assert needs is not None
@@ -182,7 +184,7 @@ def divisors(number: int) -> list[int]:
 
 
 def _needs(model: nn.Module, images: int, like: Tensor, room: int) -> tuple[int, int] | None:
-    """Bytes that a micro-batch takes at most, and between forward and backward; None if that is more than `room`."""
+    """Bytes that a micro-batch takes at most, and those it holds after its forward; None if `room` is too small."""
     device = like.device
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
