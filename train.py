@@ -375,9 +375,6 @@ def train(
     if config.sync_bn:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     model = accelerator.prepare(network)
-    compiled = config.compile == "on" or (config.compile == "auto" and device.type in COMPILE_WINS)
-    if compiled:  # in place, around DDP, which splits the graph at its buckets; names in state dicts stay
-        model.compile(dynamic=False)
     groups = param_groups(network, config.weight_decay)
     peak = scaled_lr(config.base_lr, config.batch_size, config.lr_scaling)
     optimizer = build_optimizer(config.optimizer, groups, lr=peak, momentum=config.momentum)
@@ -393,6 +390,9 @@ def train(
         agree=lambda number: int(accelerator.gather(torch.tensor([number], device=device)).min()),
     )
     config = replace(config, micro_batch=whole.micro_batch)  # BatchNorm's statistics depend on it
+    compiled = config.compile == "on" or (config.compile == "auto" and device.type in COMPILE_WINS)
+    if compiled:  # in place, around DDP, which splits the graph at its buckets; names in state dicts stay
+        model.compile(dynamic=False)
     loader = build_loader(
         dataset,
         config.views,

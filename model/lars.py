@@ -86,8 +86,8 @@ class LARS(torch.optim.Optimizer):
     torch's fused optimizers skip a step.
 
     A step of ResNet-50's 161 parameters is 22 tensor calls and at most 27 kernels (35 for half precision): torch cuts
-    a multi-tensor call into kernels of 64 pairs or 48 triples of tensors and 320 pieces of 65,536 numbers, or longer ones where the
-    CUDA version lets it.
+    a multi-tensor call into kernels of 64 pairs or 48 triples of tensors and 320 pieces of 65,536 numbers, or longer
+    ones where the CUDA version lets it.
     """
 
     def __init__(
