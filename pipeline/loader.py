@@ -60,6 +60,7 @@ class Loader:
         num_threads: int,
         half: bool,
         shuffle: int,
+        micro_batch: int,
     ) -> None:
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed {seed} is not between 0 and 2**63 - 1")
@@ -73,8 +74,17 @@ class Loader:
                 f"{dataset.root} has {dataset.samples} samples, fewer than one batch of {batch_size} over "
                 f"{world_size} rank(s) ({per_rank} per rank, {self.local_batch_size} needed); lower the batch size"
             )
-        # The reader pads each rank's part to whole batches; what is beyond steps_per_epoch is read and dropped.
-        self._runs_per_epoch = math.ceil(math.ceil(dataset.samples / world_size) / self.local_batch_size)
+        self.micro_batch = micro_batch or self.local_batch_size
+        self._micro_batches, rest = divmod(self.local_batch_size, self.micro_batch)
+        if rest:
+            near = sorted(_divisors(self.local_batch_size), key=lambda divisor: abs(divisor - micro_batch))[:3]
+            raise ValueError(
+                f"micro_batch {micro_batch} does not divide the {self.local_batch_size} images of a rank's batch; near "
+                f"are {', '.join(map(str, sorted(near)))}"
+            )
+        # The reader pads each rank's part to whole runs; what is beyond the last whole batch is read and dropped.
+        self._runs_per_epoch = math.ceil(math.ceil(dataset.samples / world_size) / self.micro_batch)
+        self._used_per_epoch = self.steps_per_epoch * self._micro_batches
         self.dataset, self.views, self.device, self.rank, self.world_size = dataset, views, device, rank, world_size
         self._batch_size, self._seed, self._num_threads = batch_size, seed, num_threads
         self._half, self._shuffle = half, shuffle
@@ -92,13 +102,13 @@ class Loader:
             raise self._failure
         if self._pipe is None:
             self._pipe = self._build(None)
-        if self._runs % self._runs_per_epoch == self.steps_per_epoch:
+        if self._runs % self._runs_per_epoch == self._used_per_epoch:
             self._skip_to_next_epoch(self._pipe)
-        epoch, step = divmod(self._runs, self._runs_per_epoch)
+        epoch, run = divmod(self._runs, self._runs_per_epoch)
         (first, second), labels = self._run(self._pipe)
         views = torch.cat([first, second])
         self.wait_s += time.perf_counter() - start
-        return Batch(views.permute(0, 3, 1, 2), labels, epoch, step * self._batch_size)
+        return Batch(views.permute(0, 3, 1, 2), labels, epoch, run // self._micro_batches * self._batch_size)
 
     def _skip_to_next_epoch(self, pipe: "Pipeline") -> None:
         while self._runs % self._runs_per_epoch:
@@ -117,9 +127,10 @@ class Loader:
         return outputs
 
     def _draw(self, run: int) -> tuple[Draws, Draws]:
-        epoch, step = divmod(run, self._runs_per_epoch)
-        position = (step * self.world_size + self.rank) * self.local_batch_size
-        return draw(self.views, seed=self._seed, epoch=epoch, position=position, n=self.local_batch_size)
+        epoch, run = divmod(run, self._runs_per_epoch)
+        step, part = divmod(run, self._micro_batches)
+        position = (step * self.world_size + self.rank) * self.local_batch_size + part * self.micro_batch
+        return draw(self.views, seed=self._seed, epoch=epoch, position=position, n=self.micro_batch)
 
     def _build(self, checkpoint: bytes | None) -> "Pipeline":
         from pipeline.graph import two_views
@@ -128,7 +139,7 @@ class Loader:
             _reader(self.dataset, self.rank, self.world_size, self._shuffle, self._seed),
             self.views,
             self._draw,
-            batch_size=self.local_batch_size,
+            batch_size=self.micro_batch,
             device_id=self.device.index or 0 if self.device.type == "cuda" else None,
             num_threads=self._num_threads,
             half=self._half,
@@ -141,6 +152,7 @@ class Loader:
         return {
             "dataset": self.dataset.fingerprint,
             "batch_size": self._batch_size,
+            "micro_batch": self.micro_batch,
             "world_size": self.world_size,
             "views": asdict(self.views),
             "seed": self._seed,
@@ -183,6 +195,7 @@ def build_loader(
     num_threads: int = 4,
     half: bool = False,
     shuffle: int = SHUFFLE,
+    micro_batch: int = 0,
 ) -> Loader:
     """This rank's endless stream of two-view batches.
 
@@ -191,9 +204,11 @@ def build_loader(
     num_threads  DALI's CPU threads for this rank
     half         float16 views instead of float32
     shuffle      samples in this rank's shuffle buffer; 0 reads in the order of the shards
+    micro_batch  gives this rank's batch in parts of so many images, a divisor of it, with the views that the whole has;
+                 the pipeline and its memory are of that size. 0 gives the whole.
     Raises ValueError where the data set is smaller than one batch, LoaderError where a batch cannot be read.
     """
-    return Loader(dataset, views, batch_size, device, rank, world_size, seed, num_threads, half, shuffle)
+    return Loader(dataset, views, batch_size, device, rank, world_size, seed, num_threads, half, shuffle, micro_batch)
 
 
 def build_eval_loader(
@@ -272,6 +287,10 @@ def _reader(dataset: Dataset, rank: int, world_size: int, shuffle: int, seed: in
         shuffle=shuffle,
         seed=seed,
     )
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
 def _parse_labels(digits: Any) -> Tensor:
