@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("pipeline", "model", "tools", "benchmarks")
 HOMES = {  # library: the files that may import it
-    "accelerate": {"train.py"},
+    "accelerate": {"train.py", "tools/evaluate.py"},  # what joins data and model, on one process or many
     "nvidia": {"pipeline/graph.py", "pipeline/loader.py"},  # the loader for a type only
     "webdataset": {"pipeline/write.py"},
     "safetensors": {"model/checkpoint.py"},
