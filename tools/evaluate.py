@@ -646,28 +646,17 @@ def fresh(network: "Encoder", seed: int) -> "Encoder":
 
 
 def head_of(encoder: Path, layers: int) -> "list[nn.Module]":
-    """The first layers of the projection head that an encoder was trained with.
-
-    From head.safetensors beside the encoder, which tools/export.py --head writes, from the checkpoint that `encoder`
-    is, or from the run's newest one. Raises ValueError where there is none, or none so deep.
-    """
-    from model.checkpoint import latest, load_head, weights_file
+    """The first layers of the projection head that an encoder was trained with. Raises ValueError if it has fewer."""
+    from model.checkpoint import load_head, weights_file
+    from tools import head_file
 
     if not layers:
         return []
-    file = weights_file(encoder)
-    beside, checkpoints = file.with_name("head.safetensors"), file.parent.parent / "checkpoints"
-    newest = file.parent if file.with_name("state.json").is_file() else latest(checkpoints)
-    if not beside.is_file() and newest is None:
-        raise ValueError(
-            f"--head-layers needs the projection head of {file}: neither {beside} nor a checkpoint in {checkpoints} is "
-            "there; give a run, or a folder written by tools/export.py --head"
-        )
-    head = load_head(beside if beside.is_file() or newest is None else newest)
-    chosen = list(head)[: 3 * layers]  # dense, BatchNorm, ReLU; the last layer has none
-    if len(head) < 3 * layers - 1:
-        raise ValueError(f"--head-layers {layers}: the projection head of {file} has {(len(head) + 1) // 3}")
-    return chosen
+    file = head_file(weights_file(encoder))
+    head = list(load_head(file))
+    if len(head) < 3 * layers - 1:  # dense, BatchNorm, ReLU; the last layer has no ReLU
+        raise ValueError(f"--head-layers {layers}: the projection head in {file} has {(len(head) + 1) // 3}")
+    return head[: 3 * layers]
 
 
 def usual_batch(samples: int) -> int:
