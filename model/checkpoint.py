@@ -29,6 +29,10 @@ from model.simclr import NUM_LAYERS, ProjectionHead
 
 FORMAT = 1
 MAX_HEADER_BYTES = 1 << 20  # ResNet-152 under AdamW needs 0.2 MB; it also bounds the tensors, to some 20,000
+NOT_PICKLES = (
+    "A .ckpt or .pth can run code and is not read here: if you trust it, load it with torch (weights_only=True) and "
+    "give its state_dict, every tensor contiguous, to safetensors.torch.save_file"
+)
 METADATA_KEY = "swiftclr"  # exactly one: safetensors writes several in random order, and no two files are equal
 
 
@@ -402,15 +406,11 @@ def _open(path: Path) -> Any:
     with open(path, "rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
     if header_bytes > MAX_HEADER_BYTES:
-        raise ValueError(f"{path} claims a header of {header_bytes} bytes, more than {MAX_HEADER_BYTES}")
+        raise ValueError(f"{path} claims a header of {header_bytes} bytes, more than {MAX_HEADER_BYTES}. {NOT_PICKLES}")
     try:
         return safe_open(path, "pt")
     except SafetensorError as error:
-        raise ValueError(
-            f"{path} is not a safetensors file ({error}). A pickle (.ckpt, .pth) can run code and is not read here: if "
-            "you trust it, load it with torch (weights_only=True) and give its state_dict, every tensor contiguous, to "
-            "safetensors.torch.save_file"
-        ) from error
+        raise ValueError(f"{path} is not a safetensors file: {error}. {NOT_PICKLES}") from error
 
 
 def _read_tensors(

@@ -81,7 +81,10 @@ def export(
 
 
 def results_of(weights: Path, steps: int | None) -> list[tuple[str, str, str]]:
-    """(evaluation, top-1, top-5) of exactly these weights: from evaluation.jsonl beside them, and their run's metrics."""
+    """(evaluation, top-1, top-5) of exactly these weights: their run's kNN, and what evaluation.jsonl says beside them.
+
+    The run's kNN is that of the start and of `steps`, which is where these weights stand.
+    """
     found = []
     metrics, rows = weights.parent.parent / "metrics.jsonl", weights.with_name("evaluation.jsonl")
     for row in map(json.loads, metrics.read_text().splitlines() if metrics.is_file() else []):
@@ -164,7 +167,9 @@ def card(
     ]
     config = training.get("config", {})
     told = {"images": dataset or "unnamed", "steps": training.get("steps"), "recipe": training.get("recipe")}
-    told |= {"shards' fingerprint": training.get("dataset")} | {k: v for k, v in config.items() if k != "views"}
+    told |= {"shards' fingerprint": training.get("dataset")} | {
+        k: v for k, v in config.items() if k not in ("steps", "views")
+    }
     told |= {f"views: {name}": value for name, value in config.get("views", {}).items()}
     rows = [f"| {name} | {value} |" for name, value in told.items() if value not in (None, "")]
     if training:
