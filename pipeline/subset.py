@@ -74,7 +74,9 @@ def named(dataset: Dataset, names: Iterable[str]) -> Positions:
     for name in filter(None, map(str.strip, names)):
         stem = re.sub("[^A-Za-z0-9_-]+", "_", Path(name).stem)  # as the writer spells it, up to 64 characters of it
         found[name] = places.get(stem) or places.get(stem[:64], [])
-    if missing := [name for name, at in found.items() if not at] or ([] if found else ["the list is empty"]):
+    if not found:
+        raise DatasetError("the list of names is empty")
+    if missing := [name for name, at in found.items() if not at]:
         raise DatasetError(f"{len(missing)} of {len(found)} names are not in {dataset.root}: {', '.join(missing[:3])}")
     if several := [name for name, at in found.items() if len(at) > 1]:
         raise DatasetError(f"{several[0]} fits several samples of {dataset.root}: list keys (KEY of KEY.cls) instead")
