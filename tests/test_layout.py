@@ -48,7 +48,9 @@ def test_imports_follow_the_plan(path: Path) -> None:
         assert library not in found or name in homes or room == "benchmarks", f"{name} imports {library}"
 
 
-@pytest.mark.parametrize("program", ["train.py", "tools/make_shards.py", "tools/evaluate.py", "tools/show_views.py"])
+@pytest.mark.parametrize(
+    "program", ["train.py", "tools/make_shards.py", "tools/evaluate.py", "tools/export.py", "tools/show_views.py"]
+)
 def test_programs_import_nothing_slow_to_show_their_help(program: str) -> None:
     """torch alone takes three seconds; --help answers at once."""
     assert not imports(ROOT / program, top_level=True) & {"torch", "torchvision", "accelerate", "nvidia", "webdataset"}
