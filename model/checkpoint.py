@@ -324,13 +324,20 @@ def _names_in(path: Path) -> dict[str, str]:
 def _facts_from_shapes(path: Path) -> dict[str, Any]:
     names = {ours: theirs for theirs, ours in _names_in(path).items()}
     with _open(path) as file:
-        conv1 = file.get_slice(names["conv1.weight"]).get_shape()
+        shape = {
+            ours: file.get_slice(names[ours]).get_shape() for ours in ("conv1.weight", "bn1.weight") if ours in names
+        }
     layers = tuple(len({k.split(".")[1] for k in names if k.startswith(f"layer{i}.")}) for i in (1, 2, 3, 4))
     bottleneck = "layer1.0.conv3.weight" in names
     depths = [depth for depth, blocks in LAYERS.items() if blocks == layers and (depth >= 50) == bottleneck]
-    if not depths or len(conv1) != 4:
-        raise ValueError(f"{path} is no ResNet of ours: blocks {layers}, conv1 {conv1}")
-    return {"depth": depths[0], "width": conv1[0] / 64, "stem": "small" if conv1[2] == 3 else "standard"}
+    if not depths or len(shape.get("bn1.weight", [])) != 1:
+        raise ValueError(f"{path} is no ResNet of ours: blocks {layers}, stem {shape}")
+    return {
+        "depth": depths[0],
+        "width": shape["bn1.weight"][0] / 64,
+        "stem": "small" if shape.get("conv1.weight", [])[2:] == [3, 3] else "standard",
+        "selective_kernel": "layer1.0.conv2.split.0.weight" in names,
+    }
 
 
 def _published(folder: Path) -> list[tuple[int, Path]]:

@@ -24,8 +24,8 @@ def to_torchvision(keys: Collection[str]) -> dict[str, str]:
 
     Raises ValueError if there is none, or more than one that is not a momentum copy.
     """
-    named = {key.removesuffix("conv1.weight") for key in keys if re.search(r"(^|\.)conv1\.weight$", key)}
-    prefixes: dict[str, dict[str, str] | None] = {p: None for p in named if f"{p}layer1.0.conv1.weight" in keys}
+    named = re.compile(r"(.*\.|)layer1\.0\.conv1\.weight")
+    prefixes: dict[str, dict[str, str] | None] = {found[1]: None for found in map(named.fullmatch, keys) if found}
     numbered = {key.removesuffix("0.weight") for key in keys if re.search(r"(^|\.)0\.weight$", key)}
     prefixes |= {p: _LIGHTLY_CHILDREN for p in numbered if f"{p}2.0.conv1.weight" in keys}
     prefixes |= {p: _CHILDREN for p in numbered - prefixes.keys() if f"{p}4.0.conv1.weight" in keys}

@@ -22,9 +22,10 @@ from model.probe import train_classifier, zero_linear
 from model.simclr import ProjectionHead, SimCLR
 from pipeline.demo import CLASSES, draw_image
 from pipeline.loader import build_eval_loader
-from pipeline.shards import Sample, read_dataset, write_shards
+from pipeline.shards import Sample, read_dataset
 from pipeline.subset import keys
 from pipeline.views import make_views
+from pipeline.write import write_shards
 from tools.evaluate import app, usual_batch
 
 ROOT = Path(__file__).resolve().parents[1]

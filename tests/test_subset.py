@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 
 from pipeline.loader import build_eval_loader, build_loader
-from pipeline.shards import DatasetError, Sample, write_shards
+from pipeline.shards import DatasetError, Sample
 from pipeline.subset import keys, labels, named, stratified, write_subset
 from pipeline.views import make_views
+from pipeline.write import write_shards
 
 COUNTS = (40, 15, 4)  # samples of each class
 VIEWS = make_views("cifar", {"size": 8, "mean": [0, 0, 0], "std": [1, 1, 1]})

@@ -46,8 +46,8 @@ def export(
         import torch
 
         from model.checkpoint import export_encoder, load_encoder, load_head, save_head, weights_file
-        from pipeline.shards import publish
         from pipeline.views import make_views, parse_changes
+        from pipeline.write import publish
         from tools import head_file, training_of
 
         file = weights_file(encoder)
