@@ -161,10 +161,10 @@ def test_only_what_requires_a_gradient_is_trained():
     assert not torch.equal(model[1].weight, free)
 
 
-@pytest.mark.parametrize("l2", [1e3, 1.0, 1e-4])
+@pytest.mark.parametrize("l2", [1e3, 1.0, 1e-3])
 def test_logistic_regression_is_scikit_learns(l2):
     """The same coefficients on rectified features far from centred, and so the same accuracy, within 0.2 %."""
-    (x, labels), (queries, answers) = blobs(600, spread=0.5), blobs(500, spread=0.5, seed=1)
+    (x, labels), (queries, answers) = blobs(300, spread=0.5), blobs(500, spread=0.5, seed=1)
     x, queries = 10 * (x + 1).relu(), 10 * (queries + 1).relu()
     peer = LogisticRegression(C=1 / l2, max_iter=20_000, tol=1e-9).fit(x.double().numpy(), labels.numpy())
     expected = peer.score(queries.double().numpy(), answers.numpy())
