@@ -17,7 +17,7 @@ from PIL import Image
 
 from pipeline.graph import Reader, plain_view, two_views
 from pipeline.shards import Dataset, Sample, write_shards
-from pipeline.views import ATTEMPTS, VIEWS, Draws, ViewConfig, draw, make_views
+from pipeline.views import ATTEMPTS, OPERATIONS, VIEWS, Draws, ViewConfig, draw, make_views
 from tests.oracles import views as oracle
 
 LEVELS = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}  # views come out in grey levels
@@ -72,12 +72,24 @@ def plain(num: int, **changes: Any) -> Draws:
     fields: dict[str, Any] = {
         "width": np.ones((num, ATTEMPTS), np.float32),
         "height": np.ones((num, ATTEMPTS), np.float32),
+        "ratio": np.ones((num, ATTEMPTS), np.float32),
+        "share": np.full((num, ATTEMPTS), 1 - 2**-20, np.float32),
         "offset": np.zeros((num, 2), np.float32),
         "colour": np.tile(np.eye(3, dtype=np.float32), (num, 1, 1)),
         "mean_colour": np.zeros((num, 3, 3), np.float32),
         "sigma": np.ones(num, np.float32),
         "window": np.ones(num, np.int32),
         "mirror": np.zeros(num, np.int32),
+        "order": np.full((num, 4), len(OPERATIONS), np.int32),
+        "factors": np.tile(np.float32([1, 1, 1, 0]), (num, 1)),
+        "gray": np.zeros(num, np.int32),
+        "angle": np.zeros(num, np.float32),
+        "threshold": np.full(num, 256, np.float32),
+        "sobel": np.zeros(num, np.int32),
+        "noise": np.zeros(num, np.float32),
+        "noise_offset": np.zeros((num, 2), np.int32),
+        "hole_start": np.zeros((num, 2), np.float32),
+        "hole_shape": np.zeros((num, 2), np.float32),
     }
     assert changes.keys() <= fields.keys()
     return Draws(**{name: np.asarray(changes.get(name, value), value.dtype) for name, value in fields.items()})
@@ -287,7 +299,7 @@ def test_the_blur_of_an_impulse_is_the_gaussian_with_its_window(tmp_path: Path, 
     image = np.zeros((64, 64, 3), np.uint8)
     image[30, 33, 0] = image[2, 0, 1] = 255
     image[:, 33, 2] = 255
-    config = make_views("imagenet", {**LEVELS, "size": 64})
+    config = make_views("imagenet", {**LEVELS, "size": 64, "blur_kernel": 0.4})
     draws = plain(1, sigma=[sigma], window=[window])
     got = views(shard(tmp_path, [encode(image)]), config, (draws, plain(1)))
     assert np.abs(got[0][0] - oracle.blur(image.astype(float), sigma, window)).max() <= 0.51
@@ -312,7 +324,7 @@ def test_colour_comes_before_the_blur(tmp_path: Path) -> None:
     """Gain 4 clips a white pixel on dark grey before it is spread: the sum differs from the other order by far."""
     image = np.full((32, 32, 3), 20, np.uint8)
     image[16, 16] = 255
-    config = make_views("imagenet", {**LEVELS, "size": 32})
+    config = make_views("imagenet", {**LEVELS, "size": 32, "blur_kernel": 0.5})
     draws = plain(1, colour=4 * np.eye(3)[None], sigma=[1.0], window=[7])
     got = views(shard(tmp_path, [encode(image)]), config, (draws, draws))[0][0]
     clipped = oracle.blur((4 * image.astype(float)).clip(0, 255), 1.0, 7)
@@ -346,7 +358,7 @@ def test_options_that_are_off_leave_their_operation_out(tmp_path: Path) -> None:
     image = noise(32, 32)
     loud = plain(1, colour=np.zeros((1, 3, 3)), sigma=[2.0], window=[13])
     data = shard(tmp_path, [encode(image)])
-    off = {**LEVELS, "size": 32, "jitter_p": 0.0, "grayscale_p": 0.0}
+    off = {**LEVELS, "size": 32, "jitter_p": 0.0, "grayscale_p": 0.0, "blur_kernel": 0.5}
     np.testing.assert_array_equal(views(data, make_views("cifar", off), (loud, loud))[0][0], image)
     only_blur = views(data, make_views("imagenet", off), (loud, loud))[0][0]
     assert np.abs(only_blur - oracle.blur(image.astype(float), 2.0, 13)).max() <= 0.51
