@@ -83,7 +83,7 @@ def _windows(encoded: DataNode, drawn: dict[str, DataNode], configs: Sequence[Vi
     square = shape[0] / shape[1]
     tall = math.sqrt(square)  # candidates are in units of sqrt(H W): the image is 1 / tall wide and tall high
     chosen, missed = _first((width * tall <= 1.0) & (height <= tall))
-    low, high = (types.Constant(np.float32([[c.crop_ratio[i]] for c in configs])) for i in (0, 1))
+    low, high = (types.Constant(np.array([[c.crop_ratio[i]] for c in configs], np.float32)) for i in (0, 1))
     taken = fn.cat(_pick(height, chosen) / tall, _pick(width, chosen) * tall, axis=1)
     largest = math.min(fn.cat(1.0 / (low * square), high * square, axis=1), 1.0)
     extent = taken + missed * largest
@@ -101,7 +101,7 @@ def _authors_windows(shape: DataNode, drawn: dict[str, DataNode], configs: Seque
     """
     high, wide, ratio, share = shape[0], shape[1], drawn["ratio"], drawn["share"]
     area = high * wide
-    least, most = (area * types.Constant(np.float32([[c.crop_area[i]] for c in configs])) for i in (0, 1))
+    least, most = (area * types.Constant(np.array([[c.crop_area[i]] for c in configs], np.float32)) for i in (0, 1))
     lowest, highest = _rounded(math.sqrt(least / ratio)), _rounded(math.sqrt(most / ratio))
     fits = _rounded(highest * ratio) <= wide
     highest = math.min(fits * highest + (fits ^ True) * math.floor((wide + 0.4999) / ratio), high)
@@ -153,9 +153,10 @@ def _view(image: DataNode, start: DataNode, end: DataNode, draws: Any, config: V
     if reference:
         view = _clip(view)
     if config.blur_p:
-        view = _blur(view, draws.sigma, draws.window, config.max_window, border="constant" if reference else "reflect_101")
+        border = "constant" if reference else "reflect_101"  # black, as the authors' padding
+        view = _blur(view, draws.sigma, draws.window, config.max_window, border)
     if config.solarize_p:
-        view = view + (view >= _beside(view, draws.threshold)) * (255.0 - 2.0 * view)
+        view = _solarize(view, draws.threshold)
     if config.sobel_p:
         view = _sobel(view, draws.sobel)
     if config.noise_p:
@@ -261,6 +262,10 @@ def _blur(view: DataNode, sigma: DataNode, window: DataNode, max_window: int, bo
     else:
         view = fn.cast(view, dtype=types.FLOAT)
     return view
+
+
+def _solarize(view: DataNode, threshold: DataNode) -> DataNode:
+    return view + (view >= _beside(view, threshold)) * (255.0 - view * 2.0)
 
 
 def _sobel(view: DataNode, chosen: DataNode) -> DataNode:

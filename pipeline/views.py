@@ -35,6 +35,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ATTEMPTS = 10  # crops tried before falling back to the largest central one, as torchvision does
 UNIFORMS = 2 * ATTEMPTS + 12  # per view; two views make 64, whole blocks of the generator's 4
 EXTRA_UNIFORMS = 12  # per view, for the operators of figure 4; a stream of their own leaves the others as they are
+OPERATIONS = ("brightness", "contrast", "saturation", "hue")
 NOISE_WINDOWS = 256  # places along each axis of the field of noise that a view's noise is cut from
 
 
@@ -87,7 +88,7 @@ class ViewConfig:
                 expected = "three positive numbers, one per channel"
             elif name == "mean" and len(value) != 3:
                 expected = "three numbers, one per channel"
-            elif name in ("brightness", "contrast", "saturation", "hue", "jitter_strength", "noise_sigma") and value < 0:
+            elif name in (*OPERATIONS, "jitter_strength", "noise_sigma") and value < 0:
                 expected = "a number of at least 0"
             elif name in ("eval_crop", "blur_kernel", "cutout_size") and not 0 < value <= 1:
                 expected = "a share of the image, above 0 and at most 1"
@@ -242,7 +243,6 @@ class Draws:
     hole_shape: Floats
 
 
-OPERATIONS = ("brightness", "contrast", "saturation", "hue")
 _ORDERS = np.array(list(itertools.permutations(range(4))), np.int32)
 
 
@@ -269,15 +269,16 @@ def _view(c: ViewConfig, u: NDArray[np.float64], extra: NDArray[np.float64]) -> 
     root_ratio = np.exp(0.5 * _between(shape, np.log(c.crop_ratio)), dtype=np.float32)
     y, x, flip, jitter, b, s, h, k, order, gray, blur, sigma = u[:, 2 * ATTEMPTS :].T
     jittered, grayed = jitter < c.jitter_p, gray < c.grayscale_p
+    orders = _ORDERS[(len(_ORDERS) * order).astype(int)]
 
     def factor(v: NDArray[np.float64], strength: float) -> NDArray[np.float64]:
         width = strength * c.jitter_strength
         return np.where(jittered, _between(v, (max(1 - width, 0), 1 + width)), 1)
 
     factors = factor(b, c.brightness), factor(k, c.contrast), factor(s, c.saturation)
-    turn = np.where(jittered, c.hue * c.jitter_strength * (2 * h - 1), 0)
+    turn = np.where(jittered, c.hue * c.jitter_strength * (1 - 2 * h), 0)  # HSV's way round, the opposite of YIQ's
     # without chroma: grayscale
-    colour, mean_colour = _colour(factors[0], factors[1], np.where(grayed, 0, factors[2]), 2 * np.pi * turn)
+    colour, mean_colour = _colour(factors[0], factors[1], np.where(grayed, 0, factors[2]), -2 * np.pi * turn)
     sigma = _between(sigma, c.blur_sigma)
     window = c.max_window  # 3 sigma each way hold 99.7 % of the kernel
     if c.profile == "fast":
@@ -295,7 +296,7 @@ def _view(c: ViewConfig, u: NDArray[np.float64], extra: NDArray[np.float64]) -> 
         offset=np.stack([y, x], 1).astype(np.float32),
         colour=colour,
         mean_colour=mean_colour,
-        order=np.where(jittered[:, None], _ORDERS[(len(_ORDERS) * order).astype(int)], len(OPERATIONS)).astype(np.int32),
+        order=np.where(jittered[:, None], orders, len(OPERATIONS)).astype(np.int32),
         factors=np.stack([*factors, turn], 1).astype(np.float32),
         gray=grayed.astype(np.int32),
         sigma=sigma.astype(np.float32),
