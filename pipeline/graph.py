@@ -162,6 +162,7 @@ def _view(image: DataNode, start: DataNode, end: DataNode, draws: Any, config: V
     if config.noise_p:
         view = _clip(view + _beside(view, draws.noise) * _noise(view, draws.noise_offset, config.size))
     if config.cutout_p:
+        view = fn.cast(view, dtype=types.FLOAT)  # on whole levels the mean would be cut to one
         fill = [255 * m for m in config.mean]
         view = fn.erase(view, anchor=draws.hole_start, shape=draws.hole_shape, axis_names="HW", fill_value=fill)
     return _normalise(view, config, half, mirror=draws.mirror)

@@ -182,8 +182,8 @@ def test_reference_views_equal_the_authors_operations_one_by_one(tmp_path: Path,
     which brightness and contrast make at most 1.8 * 1.8 times as much: 0.8 levels at worst, and 0.01 on average. The
     operations in another order are tens of levels away.
     """
-    config = make_views(preset, {**LEVELS, "profile": "reference"})
-    pictures = 5 * images()
+    config = make_views(preset, {**LEVELS, "profile": "reference", "size": min(VIEWS[preset].size, 48)})
+    pictures = 4 * images()
     data = shard(tmp_path, [encode(image) for image in pictures])
     drawn = draw(config, seed=2, epoch=1, position=0, n=len(pictures))
     for draws, got in zip(drawn, views(data, config, drawn), strict=True):
@@ -193,7 +193,7 @@ def test_reference_views_equal_the_authors_operations_one_by_one(tmp_path: Path,
         assert max(each.max() for each in off) <= 0.8
         assert np.mean([each.mean() for each in off]) <= 0.01
         swapped = Draws(**{**vars(draws), "order": draws.order[:, ::-1]})
-        other = [np.abs(got[i] - expected_reference(image, config, swapped, i)) for i, image in enumerate(pictures)]
+        other = [np.abs(got[i] - expected_reference(image, config, swapped, i)) for i, image in enumerate(pictures[:6])]
         assert max(each.max() for each in other) > 20
 
 
@@ -474,7 +474,7 @@ def test_cutout_sets_the_drawn_square_to_the_mean_and_leaves_the_rest(tmp_path: 
     got, rest = (view[0] for view in views(shard(tmp_path, [encode(image)]), config, (cut, plain(1))))
     hole = np.zeros((32, 32), bool)
     hole[3:19, 20:32] = True
-    assert np.abs(got[hole]).max() <= 0.51  # levels: a view that is still in whole levels rounds the mean
+    assert np.abs(got[hole]).max() <= 1e-3
     np.testing.assert_array_equal(got[~hole], rest[~hole])
     np.testing.assert_allclose(rest, image - 255 * np.array(config.mean), rtol=0, atol=1e-2)
 
