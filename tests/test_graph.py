@@ -5,7 +5,10 @@ unrounded oracle that leaves half a level each time, the first one multiplied by
 be off by (|A| + |B|) / 2 + 1/2 + 1/2 levels, with |.| the largest absolute row sum; `allowed` adds 0.1 for float32.
 """
 
+import colorsys
 import io
+import math
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -65,6 +68,17 @@ def views(
     assert labels(digits) == order
     back = np.argsort(order)
     return np.array(first.as_array())[back], np.array(second.as_array())[back]
+
+
+def copies(
+    folder: Path, image: Bytes, config: ViewConfig, draws: tuple[Draws, Draws]
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Both views of one image, made as often as `draws` says: the reader fills a batch with its last sample."""
+    data = shard(Path(tempfile.mkdtemp(dir=folder)), [encode(image)])
+    num = len(draws[0].mirror)
+    graph = two_views(reader(data), config, lambda _: draws, batch_size=num, device_id=None, num_threads=2)
+    first, second, _ = graph.run()
+    return np.array(first.as_array()), np.array(second.as_array())
 
 
 def plain(num: int, **changes: Any) -> Draws:
@@ -178,9 +192,9 @@ def test_views_equal_the_oracle(tmp_path: Path, preset: str, images: Any) -> Non
 def test_reference_views_equal_the_authors_operations_one_by_one(tmp_path: Path, preset: str, images: Any) -> None:
     """Crop in whole pixels, the operations in the order drawn, clipped after each, blur over black, flip.
 
-    Nothing is rounded to levels. DALI reads the cubic kernel from a table and is up to 0.25 levels off before colour, of
-    which brightness and contrast make at most 1.8 * 1.8 times as much: 0.8 levels at worst, and 0.01 on average. The
-    operations in another order are tens of levels away.
+    Nothing is rounded to levels. DALI reads the cubic kernel from a table and is up to 0.25 levels off before colour,
+    of which brightness and contrast make at most 1.8 * 1.8 times as much: 0.8 levels at worst, and 0.01 on average.
+    The operations in another order are tens of levels away.
     """
     config = make_views(preset, {**LEVELS, "profile": "reference", "size": min(VIEWS[preset].size, 48)})
     pictures = 4 * images()
@@ -533,6 +547,104 @@ def test_the_second_view_may_have_a_distribution_of_its_own(tmp_path: Path) -> N
     assert not np.array_equal(mixed[1], plain_first[1])
 
 
+@pytest.mark.parametrize("profile", ["fast", "reference"])
+def test_the_distributions_are_those_of_the_paper_when_measured_on_views(tmp_path: Path, profile: str) -> None:
+    """What went in is forgotten and read off 2 x 1,500 views: factors from flat and two-tone images, sigma of an edge.
+
+    Each by itself: brightness 1 +- 0.8, contrast, saturation, hue +- 0.2 turns, sigma uniform in [0.1, 2], seen from
+    0.7 on; flips and grayscale by their rates. Kolmogorov-Smirnov with the DKW bound for 1e-6, and 0.01 for rounding.
+    """
+    num = 1500
+    bound = np.sqrt(np.log(2 / 1e-6) / (2 * num))
+    whole = {**BARE, "profile": profile, "crop_area": (1.0, 1.0), "crop_ratio": (1.0, 1.0)}
+
+    def gap(values: NDArray[Any], low: float, high: float) -> float:
+        steps = np.arange(len(values)) / len(values)
+        return float(np.abs((np.sort(values) - low) / (high - low) - steps).max())
+
+    def seen(image: Bytes, **changes: Any) -> tuple[NDArray[Any], NDArray[Any]]:
+        config = make_views("cifar", {**whole, "size": 8, **changes})
+        drawn = draw(config, seed=4, epoch=0, position=0, n=num)
+        return copies(tmp_path, image, config, drawn)
+
+    def jittered(image: Bytes, name: str) -> tuple[NDArray[Any], NDArray[Any]]:
+        others = dict.fromkeys({"brightness", "contrast", "saturation", "hue"} - {name}, 0.0)
+        return seen(image, jitter_p=1.0, jitter_strength=1.0, **others)
+
+    grey, tones, colour = (np.full((8, 8, 3), 64, np.uint8) for _ in range(3))
+    tones[:, :4], tones[:, 4:], colour[:] = 90, 122, (140, 120, 100)
+    for view in jittered(grey, "brightness"):
+        assert gap(view[:, 0, 0, 0] / 64, 0.2, 1.8) < bound + 0.01
+    for view in jittered(tones, "contrast"):
+        assert gap((view[:, 0, 7, 0] - view[:, 0, 0, 0]) / 32, 0.2, 1.8) < bound + 0.01
+        np.testing.assert_allclose(view[:, 0].mean((1, 2)), 106, atol=0.1)
+    for view in jittered(colour, "saturation"):
+        assert gap((view[:, 0, 0, 0] - view[:, 0, 0, 2]) / 40, 0.2, 1.8) < bound + 0.01
+    for view in jittered(colour, "hue"):
+        if profile == "reference":
+            hues = np.array([colorsys.rgb_to_hsv(*pixel)[0] for pixel in view[:, 0, 0].tolist()])
+            turns = (hues - colorsys.rgb_to_hsv(140, 120, 100)[0] + 0.5) % 1 - 0.5
+        else:
+            chroma = (view[:, 0, 0] @ oracle.YIQ.T)[:, 1:] @ (1, 1j)
+            turns = np.angle(chroma / ((140, 120, 100) @ oracle.YIQ.T)[1:].dot((1, 1j))) / (2 * np.pi)
+        assert gap(turns, -0.2, 0.2) < bound + 0.01
+    for view in seen(tones, flip_p=0.5):
+        assert abs((view[:, 0, 0, 0] > 100).mean() - 0.5) < bound
+    for view in seen(colour, grayscale_p=0.2):
+        assert abs((np.ptp(view[:, 0, 0], axis=1) < 0.5).mean() - 0.2) < bound
+    edge = np.full((32, 32, 3), 28, np.uint8)
+    edge[:, 16:] = 228
+    for view in seen(edge, size=32, blur_p=1.0, blur_kernel=0.75):
+        step, at = np.diff(view[:, 16, 8:24, 0].astype(float), axis=1) / 200, np.arange(15)
+        mean = (step * at).sum(1)
+        sigma = np.sqrt(np.maximum((step * at**2).sum(1) - mean**2, 0))
+        sigma = sigma[sigma > 0.7]
+        assert abs(len(sigma) / num - 1.3 / 1.9) < bound + 0.02  # cutting at 3 sigma takes up to 1.4 % of it
+        assert gap(sigma, 0.7, 2.0) < np.sqrt(np.log(2 / 1e-6) / (2 * len(sigma))) + 0.02
+
+
+@pytest.mark.parametrize("profile", ["fast", "reference"])
+def test_views_have_the_moments_of_an_independent_pipeline(tmp_path: Path, profile: str) -> None:
+    """Mean and spread of each channel over 2 x 500 views of a photograph, against NumPy with random numbers of its own.
+
+    Within 5 standard errors of the difference of two means over views.
+    """
+    image = photos()[1][::4, ::4]
+    config = make_views("cifar", {**LEVELS, "profile": profile, "size": 16, "jitter_strength": 1.0, "blur_p": 0.5})
+    num, rng = 500, np.random.default_rng(9)
+    got = np.concatenate(copies(tmp_path, image, config, draw(config, seed=3, epoch=0, position=0, n=num)))
+    height, width, _ = image.shape
+    theirs = np.empty_like(got)
+    for i in range(len(theirs)):
+        offset, factors = rng.random(2), [*rng.uniform(0.2, 1.8, 3), rng.uniform(-0.2, 0.2)]
+        order = rng.permutation(4) if rng.random() < 0.8 else [4] * 4
+        gray, flip, sigma = rng.random() < 0.2, rng.random() < 0.5, rng.uniform(0.1, 2)
+        window = config.max_window if rng.random() < 0.5 else 1
+        if profile == "reference":
+            box = oracle.authors_crop(height, width, rng.uniform(3 / 4, 4 / 3, 100), rng.random(100), offset)
+            view = oracle.resize(image.astype(float), box, (16, 16), "cubic", antialias=False)
+            view = oracle.blur(oracle.authors_colour(view, factors, order, gray), sigma, window, "constant")
+        else:
+            area, ratio = height * width * rng.uniform(0.08, 1, 10), np.exp(rng.uniform(*np.log([3 / 4, 4 / 3]), 10))
+            box = oracle.crop(
+                height,
+                width,
+                list(zip(np.sqrt(area / ratio), np.sqrt(area * ratio), strict=True)),
+                offset,
+                (3 / 4, 4 / 3),
+            )
+            view = oracle.resize(image.astype(float), box, (16, 16))
+            names = ("brightness", "contrast", "saturation", "hue")
+            values = dict(zip(names, [*factors[:3], 2 * np.pi * factors[3]], strict=True))
+            view = oracle.jitter(view, values, [names[step] for step in order if step < 4], gray).clip(0, 255)
+            view = oracle.blur(view, sigma, min(window, 2 * math.ceil(3 * sigma) + 1))
+        theirs[i] = view[:, ::-1] if flip else view
+    for name, moment in (("mean", lambda x: x.mean((1, 2))), ("spread", lambda x: x.std((1, 2)))):
+        a, b = moment(got), moment(theirs)
+        error = np.sqrt((a.var(0) + b.var(0)) / len(a))
+        assert (np.abs(a.mean(0) - b.mean(0)) < 5 * error).all(), name
+
+
 # ---- kinds of images -----------------------------------------------------------------------------------------------
 
 
@@ -608,51 +720,75 @@ def test_the_plain_view_is_resize_and_centre_crop(tmp_path: Path, interpolation:
 # ---- GPU -----------------------------------------------------------------------------------------------------------
 
 
-def operators(graph: Any) -> list[tuple[str, str]]:
-    """(operator, "cpu", "gpu" or "mixed") of every node; DALI has no public way to ask before a graph is built."""
+ALL = {f"{name}_p": 0.5 for name in ("rotation", "solarize", "sobel", "noise", "cutout")}
+
+
+def nodes(graph: Any) -> list[tuple[str, str, Any]]:
+    """(operator, "cpu", "gpu" or "mixed", node) of a graph; DALI has no public way to ask before it is built."""
     graph._build_graph()
-    return [(getattr(node._op, "schema_name", type(node._op).__name__), node._op.device) for node in graph._ops]
+    return [(getattr(node._op, "schema_name", type(node._op).__name__), node._op.device, node) for node in graph._ops]
 
 
-@pytest.mark.parametrize("config", [VIEWS["imagenet"], VIEWS["cifar"]])
-def test_the_gpu_graph_can_be_defined_and_keeps_every_pixel_on_the_gpu(tmp_path: Path, config: ViewConfig) -> None:
-    """Without a GPU: each node has a backend on the device it is put on, and all that touches pixels is on the GPU.
+@pytest.mark.parametrize("profile", ["fast", "reference"])
+@pytest.mark.parametrize(("preset", "changes"), [("imagenet", {}), ("cifar", {}), ("imagenet", ALL)])
+def test_the_gpu_graph_can_be_defined_and_keeps_every_pixel_on_the_gpu(
+    tmp_path: Path, preset: str, profile: str, changes: dict[str, float]
+) -> None:
+    """Without a GPU, by DALI's schemas: each node has a backend on its device, takes its inputs from where they are,
+    and knows its arguments; and all that touches pixels is on the GPU.
 
     What a GPU alone shows is in test_gpu_views_equal_cpu_views.
     """
     import nvidia.dali.backend
 
     backend: Any = nvidia.dali.backend
-    data = shard(tmp_path, [encode(noise(8, 8))])
-    graphs = [
-        two_views(reader(data), config, lambda _: (plain(1), plain(1)), batch_size=1, device_id=0, num_threads=1),
-        plain_view(reader(data), config, batch_size=1, device_id=0, num_threads=1),
-    ]
     known = {
         "cpu": set(backend.RegisteredCPUOps()),
         "gpu": set(backend.RegisteredGPUOps()),
         "mixed": set(backend.RegisteredMixedOps()),
     }
-    for graph in graphs:
-        nodes = operators(graph)
-        assert len(nodes) > 4
-        for name, device in nodes:
-            assert name in known[device], f"{name} has no {device} backend"
-        on = {name: device for name, device in nodes if device != "cpu"}
+    config = make_views(preset, {"profile": profile, **changes})
+    data = shard(tmp_path, [encode(noise(8, 8))])
+    plain_graph = plain_view(reader(data), config, batch_size=1, device_id=0, num_threads=1)
+    draws = (plain(1), plain(1))
+    graph = two_views(reader(data), config, lambda _: draws, batch_size=1, device_id=0, num_threads=1)
+    for found in (nodes(graph), nodes(plain_graph)):
+        assert len(found) > 4
+        for name, device, node in found:
+            internal = name.lstrip("_") if name in ("_ArithmeticGenericOp", "_TensorSubscript") else name
+            assert name in known[device] or internal in known[device], f"{name} has no {device} backend"
+            schema = backend.GetSchema(name)
+            for i, given in enumerate(node.inputs):
+                wanted = "cpu"  # of every argument, and of what the decoder reads
+                if device != "mixed" and i < node.spec.NumRegularInput():
+                    wanted = schema.GetInputDevice(i, given.device, device)
+                assert given.device == wanted, f"{name} on the {device} takes input {i} from the {wanted}"
+            for argument in {**node._op._init_args, **node._op._call_args}:
+                assert schema.HasArgument(argument), f"{name} knows no {argument}"
+                assert not schema.IsDeprecatedArg(argument), f"{argument} of {name} is deprecated"
+        on = {name: device for name, device, _ in found if device != "cpu"}
         assert on["decoders__Image"] == "mixed"
         assert on["Resize"] == on["CropMirrorNormalize"] == "gpu"
-    on = dict(operators(graphs[0]))
-    assert on["CoordTransform"] == on["reductions__Mean"] == "gpu"
-    assert on.get("GaussianBlur") == ("gpu" if config.blur_p else None)
+    devices: dict[str, set[str]] = {}
+    for name, device, _ in nodes(graph):
+        devices.setdefault(name, set()).add(device)
+    expected = {"reductions__Mean"} | ({"CoordTransform"} if profile == "fast" else {"Stack", "Reinterpret"})
+    expected |= ({"Filter"} if config.blur_p else set()) | ({"Rotate", "Erase"} if changes else set())
+    assert all(devices[name] == {"gpu"} for name in expected)
 
 
 @pytest.mark.gpu
-def test_gpu_views_equal_cpu_views(tmp_path: Path) -> None:
-    """The same draws on PNGs: at most what two graphs may each be off the oracle by, and 0.1 levels on average."""
+@pytest.mark.parametrize("profile", ["fast", "reference"])
+@pytest.mark.parametrize("changes", [{}, {"rotation_p": 0.5, "cutout_p": 0.5, "noise_p": 0.5}])
+def test_gpu_views_equal_cpu_views(tmp_path: Path, profile: str, changes: dict[str, float]) -> None:
+    """The same draws on PNGs: at most what two graphs may each be off the oracle by, and 0.1 levels on average.
+
+    Solarize and Sobel are left out, since what lies at a threshold may fall on either side.
+    """
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device: the GPU graph is only defined here, not run")
-    config = make_views("stl10", LEVELS)
+    config = make_views("stl10", {**LEVELS, "profile": profile, **changes})
     pictures = photos() + extremes()
     data = shard(tmp_path, [encode(image) for image in pictures])
     order = labels(plain_view(reader(data), config, batch_size=12, device_id=None, num_threads=1).run()[1])
@@ -664,5 +800,5 @@ def test_gpu_views_equal_cpu_views(tmp_path: Path) -> None:
     for draws, cpu, gpu in zip(drawn, outputs[None], outputs[0], strict=True):
         for row, label in enumerate(order):
             off = np.abs(cpu[row] - gpu[row])
-            assert off.max() <= 2 * allowed(config, draws, row), f"image {label}"
+            assert off.max() <= 2 * (allowed(config, draws, row) if profile == "fast" else 0.8), f"image {label}"
         assert np.abs(cpu - gpu).mean() < 0.1

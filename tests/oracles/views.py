@@ -149,7 +149,7 @@ def authors_crop(
 ) -> tuple[int, int, int, int]:
     """(top, left, height, width) of sample_distorted_bounding_box with area (0.08, 1) and 0.1 of the image covered.
 
-    Each attempt takes a ratio and, for the height, a share in [0, 1) of the integers it may be; offset (y, x) in [0, 1).
+    Each attempt takes a ratio and, for the height, a share in [0, 1) of the integers it may be; offset is (y, x).
     """
     for ratio, share in zip(ratios, shares, strict=True):
         least, most = 0.08 * height * width, 1.0 * height * width
