@@ -149,7 +149,7 @@ def _view(image: DataNode, start: DataNode, end: DataNode, draws: Any, config: V
     if config.rotation_p:
         view = fn.rotate(view, angle=draws.angle, keep_size=True, interp_type=types.INTERP_NN)
     if config.recolours:
-        view = _recolour_in_steps(view, draws) if reference else _recolour(view, draws)
+        view = _recolour_in_steps(view, draws, config) if reference else _recolour(view, draws)
     if reference:
         view = _clip(view)
     if config.blur_p:
@@ -184,67 +184,61 @@ def _recolour(view: DataNode, draws: Any) -> DataNode:
     return _clip(fn.coord_transform(view, M=draws.colour, T=shift, dtype=types.FLOAT))
 
 
-def _recolour_in_steps(view: DataNode, draws: Any) -> DataNode:
-    """The authors' color_jitter_rand and to_grayscale, on float grey levels."""
+def _recolour_in_steps(view: DataNode, draws: Any, config: ViewConfig) -> DataNode:
+    """The authors' color_jitter_rand and to_grayscale, on float grey levels, in planes, which are taken apart fast."""
     factors = _beside(view, draws.factors)
-    for slot in range(len(OPERATIONS)):
+    planes = fn.transpose(view, perm=[2, 0, 1])
+    for slot in range(len(OPERATIONS) if config.jitter_p else 0):
         operation = draws.order[slot]
         if operation == OPERATIONS.index("brightness"):
-            view = _clip(view * factors[0])
+            planes = _clip(planes * factors[0])
         elif operation == OPERATIONS.index("contrast"):
-            mean = fn.reductions.mean(view, axes=[0, 1], keep_dims=True)
-            view = _clip(view * factors[1] + mean * (1.0 - factors[1]))
+            mean = fn.reductions.mean(planes, axes=[1, 2], keep_dims=True)
+            planes = _clip(planes * factors[1] + mean * (1.0 - factors[1]))
         elif operation == OPERATIONS.index("saturation"):
-            view = _clip(_saturate(view, factors[2]))
+            planes = _clip(_saturate(planes, factors[2]))
         elif operation == OPERATIONS.index("hue"):
-            view = _clip(_turn_hue(view, factors[3]))
+            planes = _clip(_turn_hue(planes, factors[3]))
     if draws.gray != 0:
-        red, green, blue = _planes(view)
-        luma = 0.2989 * red + 0.587 * green + 0.114 * blue
-        view = _stack(luma, luma, luma)
-    return view
-
-
-def _planes(view: DataNode) -> tuple[DataNode, DataNode, DataNode]:
-    return view[:, :, 0], view[:, :, 1], view[:, :, 2]
+        luma = 0.2989 * planes[0] + 0.587 * planes[1] + 0.114 * planes[2]
+        planes = _stack(luma, luma, luma)
+    return fn.transpose(planes, perm=[1, 2, 0])
 
 
 def _stack(*planes: DataNode) -> DataNode:
-    return fn.reinterpret(fn.stack(*planes, axis=2), layout="HWC")
+    return fn.reinterpret(fn.stack(*planes), layout="CHW")
 
 
 NO_CHROMA = 1e-6  # grey levels; keeps 0 / 0 out where a pixel is gray
 
 
-def _saturate(view: DataNode, factor: DataNode) -> DataNode:
+def _saturate(planes: DataNode, factor: DataNode) -> DataNode:
     """HSV saturation times `factor`, cut at 1, at the same value V: x becomes V - (V - x) min(factor, V / chroma)."""
-    planes = _planes(view)
-    value = math.max(math.max(planes[0], planes[1]), planes[2])
-    chroma = value - math.min(math.min(planes[0], planes[1]), planes[2])
+    rgb = planes[0], planes[1], planes[2]
+    value = math.max(math.max(rgb[0], rgb[1]), rgb[2])
+    chroma = value - math.min(math.min(rgb[0], rgb[1]), rgb[2])
     scale = math.min(value / math.max(chroma, NO_CHROMA), factor)
-    return _stack(*(value - (value - plane) * scale for plane in planes))
+    return _stack(*(value - (value - plane) * scale for plane in rgb))
 
 
-def _turn_hue(view: DataNode, turns: DataNode) -> DataNode:
+def _turn_hue(planes: DataNode, turns: DataNode) -> DataNode:
     """HSV hue moved by `turns` of the circle at the same value V and chroma C.
 
-    With the hue h in sixths of the circle a channel is V - C clip(2 - |(h + n) mod 6 - 2|, 0, 1), n = 5, 3, 1 for red,
-    green, blue.
+    With the hue h in sixths of the circle, 0 <= h < 6, red, green and blue are V - C + C clip(t, 0, 1), where t is
+    |h - 3| - 1, 2 - |h - 2| and 2 - |h - 4|.
     """
-    red, green, blue = _planes(view)
+    red, green, blue = planes[0], planes[1], planes[2]
     value = math.max(math.max(red, green), blue)
-    chroma = value - math.min(math.min(red, green), blue)
+    least = math.min(math.min(red, green), blue)
+    chroma = value - least
     is_red = red == value
     is_green = (green == value) & (is_red ^ True)
     is_blue = (is_red | is_green) ^ True
     part = is_red * (green - blue) + is_green * (blue - red) + is_blue * (red - green)
     hue = part / math.max(chroma, NO_CHROMA) + 2.0 * is_green + 4.0 * is_blue + 6.0 * turns
-    turned = []
-    for n in (5.0, 3.0, 1.0):
-        circle = (hue + n) / 6.0
-        away = math.abs(6.0 * (circle - math.floor(circle)) - 2.0)
-        turned.append(value - chroma * math.min(math.max(2.0 - away, 0.0), 1.0))
-    return _stack(*turned)
+    hue = hue - 6.0 * math.floor(hue / 6.0)
+    shares = math.abs(hue - 3.0) - 1.0, 2.0 - math.abs(hue - 2.0), 2.0 - math.abs(hue - 4.0)
+    return _stack(*(least + chroma * math.min(math.max(share, 0.0), 1.0) for share in shares))
 
 
 def _blur(view: DataNode, sigma: DataNode, window: DataNode, max_window: int, border: str) -> DataNode:

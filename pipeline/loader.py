@@ -79,7 +79,7 @@ class Loader:
         self._runs_per_epoch = math.ceil(math.ceil(dataset.samples / world_size) / self.local_batch_size)
         self.dataset, self.views, self.device, self.rank, self.world_size = dataset, views, device, rank, world_size
         self._batch_size, self._seed, self._num_threads = batch_size, seed, num_threads
-        self._half, self._shuffle, self._second_views = half, shuffle, second_views or views
+        self._half, self._shuffle, self._second_views = half, shuffle, second_views
         self._pipe: Pipeline | None = None
         self._failure: LoaderError | None = None
         self._runs = 0  # batches the pipeline has given, dropped ones included
@@ -147,7 +147,7 @@ class Loader:
             "batch_size": self._batch_size,
             "world_size": self.world_size,
             "views": asdict(self.views),
-            "second_views": asdict(self._second_views),
+            "second_views": asdict(self._second_views) if self._second_views else None,
             "seed": self._seed,
             "shuffle": self._shuffle,
         }
@@ -168,7 +168,8 @@ class Loader:
         """Go to a saved position. Raises ValueError naming what differs from when it was saved."""
         saved, mine = state["identity"] | {"rank": state["rank"]}, self.identity | {"rank": self.rank}
         for name in ("views", "second_views"):
-            saved[name] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.get(name, {}).items()}
+            fields = saved.get(name)
+            saved[name] = fields and {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
         different = [f"{key}: {saved[key]} saved, {mine[key]} now" for key in mine if saved[key] != mine[key]]
         if different:
             raise ValueError("the saved position belongs to another stream of batches; " + "; ".join(different))

@@ -70,15 +70,16 @@ def views(
     return np.array(first.as_array())[back], np.array(second.as_array())[back]
 
 
-def copies(
-    folder: Path, image: Bytes, config: ViewConfig, draws: tuple[Draws, Draws]
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Both views of one image, made as often as `draws` says: the reader fills a batch with its last sample."""
-    data = shard(Path(tempfile.mkdtemp(dir=folder)), [encode(image)])
-    num = len(draws[0].mirror)
-    graph = two_views(reader(data), config, lambda _: draws, batch_size=num, device_id=None, num_threads=2)
-    first, second, _ = graph.run()
-    return np.array(first.as_array()), np.array(second.as_array())
+def copies(folder: Path, image: Bytes, config: ViewConfig, *, seed: int, num: int) -> list[NDArray[Any]]:
+    """Both views of one image, made `num` times in batches of 250: the reader fills a batch with its last sample."""
+    data, each = shard(Path(tempfile.mkdtemp(dir=folder)), [encode(image)]), 250
+
+    def drawn(batch: int) -> tuple[Draws, Draws]:
+        return draw(config, seed=seed, epoch=0, position=batch * each, n=each)
+
+    graph = two_views(reader(data), config, drawn, batch_size=each, device_id=None, num_threads=2)
+    batches = [[np.array(out.as_array()) for out in graph.run()[:2]] for _ in range(num // each)]
+    return [np.concatenate(view) for view in zip(*batches, strict=True)]
 
 
 def plain(num: int, **changes: Any) -> Draws:
@@ -197,7 +198,7 @@ def test_reference_views_equal_the_authors_operations_one_by_one(tmp_path: Path,
     The operations in another order are tens of levels away.
     """
     config = make_views(preset, {**LEVELS, "profile": "reference", "size": min(VIEWS[preset].size, 48)})
-    pictures = 4 * images()
+    pictures = 3 * images()
     data = shard(tmp_path, [encode(image) for image in pictures])
     drawn = draw(config, seed=2, epoch=1, position=0, n=len(pictures))
     for draws, got in zip(drawn, views(data, config, drawn), strict=True):
@@ -207,7 +208,7 @@ def test_reference_views_equal_the_authors_operations_one_by_one(tmp_path: Path,
         assert max(each.max() for each in off) <= 0.8
         assert np.mean([each.mean() for each in off]) <= 0.01
         swapped = Draws(**{**vars(draws), "order": draws.order[:, ::-1]})
-        other = [np.abs(got[i] - expected_reference(image, config, swapped, i)) for i, image in enumerate(pictures[:6])]
+        other = [np.abs(got[i] - expected_reference(image, config, swapped, i)) for i, image in enumerate(pictures[:4])]
         assert max(each.max() for each in other) > 20
 
 
@@ -549,12 +550,12 @@ def test_the_second_view_may_have_a_distribution_of_its_own(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("profile", ["fast", "reference"])
 def test_the_distributions_are_those_of_the_paper_when_measured_on_views(tmp_path: Path, profile: str) -> None:
-    """What went in is forgotten and read off 2 x 1,500 views: factors from flat and two-tone images, sigma of an edge.
+    """What went in is forgotten and read off 2 x 1,000 views: factors from flat and two-tone images, sigma of an edge.
 
     Each by itself: brightness 1 +- 0.8, contrast, saturation, hue +- 0.2 turns, sigma uniform in [0.1, 2], seen from
     0.7 on; flips and grayscale by their rates. Kolmogorov-Smirnov with the DKW bound for 1e-6, and 0.01 for rounding.
     """
-    num = 1500
+    num = 1000
     bound = np.sqrt(np.log(2 / 1e-6) / (2 * num))
     whole = {**BARE, "profile": profile, "crop_area": (1.0, 1.0), "crop_ratio": (1.0, 1.0)}
 
@@ -562,12 +563,11 @@ def test_the_distributions_are_those_of_the_paper_when_measured_on_views(tmp_pat
         steps = np.arange(len(values)) / len(values)
         return float(np.abs((np.sort(values) - low) / (high - low) - steps).max())
 
-    def seen(image: Bytes, **changes: Any) -> tuple[NDArray[Any], NDArray[Any]]:
+    def seen(image: Bytes, **changes: Any) -> list[NDArray[Any]]:
         config = make_views("cifar", {**whole, "size": 8, **changes})
-        drawn = draw(config, seed=4, epoch=0, position=0, n=num)
-        return copies(tmp_path, image, config, drawn)
+        return copies(tmp_path, image, config, seed=4, num=num)
 
-    def jittered(image: Bytes, name: str) -> tuple[NDArray[Any], NDArray[Any]]:
+    def jittered(image: Bytes, name: str) -> list[NDArray[Any]]:
         others = dict.fromkeys({"brightness", "contrast", "saturation", "hue"} - {name}, 0.0)
         return seen(image, jitter_p=1.0, jitter_strength=1.0, **others)
 
@@ -612,7 +612,7 @@ def test_views_have_the_moments_of_an_independent_pipeline(tmp_path: Path, profi
     image = photos()[1][::4, ::4]
     config = make_views("cifar", {**LEVELS, "profile": profile, "size": 16, "jitter_strength": 1.0, "blur_p": 0.5})
     num, rng = 500, np.random.default_rng(9)
-    got = np.concatenate(copies(tmp_path, image, config, draw(config, seed=3, epoch=0, position=0, n=num)))
+    got = np.concatenate(copies(tmp_path, image, config, seed=3, num=num))
     height, width, _ = image.shape
     theirs = np.empty_like(got)
     for i in range(len(theirs)):
@@ -699,6 +699,7 @@ def test_the_plain_view_is_resize_and_centre_crop(tmp_path: Path, interpolation:
     config = make_views("imagenet", {**LEVELS, "size": size, "eval_crop": share, "interpolation": interpolation})
     china, flower = (64 + photo // 2 for photo in photos()[:2])
     pictures = [flower[:192, :192], flower[:192, :320], china, china[:, :100], ramp(50, 300)]
+    pictures += [flower[100:124, 100:124], flower[100:124, 100:136], china[50:80, 90:110]]  # smaller than the view
     data = shard(tmp_path, [encode(image) for image in pictures])
     graph = plain_view(reader(data), config, batch_size=len(pictures), device_id=None, num_threads=1)
     got, digits = graph.run()
@@ -712,9 +713,10 @@ def test_the_plain_view_is_resize_and_centre_crop(tmp_path: Path, interpolation:
         scaled = np.array(image.shape[:2]) * shorter / min(image.shape[:2])
         if np.array_equal(scaled, scaled.round()) and ((scaled - size) % 2 == 0).all():
             theirs = center_crop(resize(Image.fromarray(image), [shorter], mode), [size, size])
-            assert np.abs(view - np.array(theirs, float))[2:-2, 2:-2].max() <= 1
+            enlarged = interpolation == "cubic" and min(image.shape[:2]) < shorter  # cubic gain in both of its passes
+            assert np.abs(view - np.array(theirs, float))[2:-2, 2:-2].max() <= 1 + enlarged
             compared += 1
-    assert compared >= 2
+    assert compared >= 3
 
 
 # ---- GPU -----------------------------------------------------------------------------------------------------------
