@@ -186,10 +186,9 @@ def _recolour(view: DataNode, draws: Any) -> DataNode:
 
 def _recolour_in_steps(view: DataNode, draws: Any, config: ViewConfig) -> DataNode:
     """The authors' color_jitter_rand and to_grayscale, on float grey levels, in planes, which are taken apart fast."""
-    factors = _beside(view, draws.factors)
     planes = fn.transpose(view, perm=[2, 0, 1])
     for slot in range(len(OPERATIONS) if config.jitter_p else 0):
-        operation = draws.order[slot]
+        operation, factors = draws.order[slot], _beside(view, draws.factors)
         if operation == OPERATIONS.index("brightness"):
             planes = _clip(planes * factors[0])
         elif operation == OPERATIONS.index("contrast"):
@@ -199,10 +198,16 @@ def _recolour_in_steps(view: DataNode, draws: Any, config: ViewConfig) -> DataNo
             planes = _clip(_saturate(planes, factors[2]))
         elif operation == OPERATIONS.index("hue"):
             planes = _clip(_turn_hue(planes, factors[3]))
-    if draws.gray != 0:
+    if config.grayscale_p:
+        planes = _drop_colour(planes, draws.gray)
+    return fn.transpose(planes, perm=[1, 2, 0])
+
+
+def _drop_colour(planes: DataNode, chosen: DataNode) -> DataNode:
+    if chosen != 0:
         luma = 0.2989 * planes[0] + 0.587 * planes[1] + 0.114 * planes[2]
         planes = _stack(luma, luma, luma)
-    return fn.transpose(planes, perm=[1, 2, 0])
+    return planes
 
 
 def _stack(*planes: DataNode) -> DataNode:

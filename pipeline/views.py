@@ -119,8 +119,11 @@ class ViewConfig:
     def drawn(self) -> frozenset[str]:
         """The fields of `Draws` that a view needs; the others change nothing."""
         used = {"offset", "mirror"} | ({"width", "height"} if self.profile == "fast" else {"ratio", "share"})
-        if self.recolours:
-            used |= {"colour", "mean_colour"} if self.profile == "fast" else {"order", "factors", "gray"}
+        if self.profile == "fast":
+            used |= {"colour", "mean_colour"} if self.recolours else set()
+        else:
+            used |= {"order", "factors"} if self.jitter_p else set()
+            used |= {"gray"} if self.grayscale_p else set()
         return frozenset(
             used
             | ({"sigma", "window"} if self.blur_p else set())
