@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 KNN_BANK = 100_000  # samples that vote in the kNN of a running training; shards are shuffled, so the first ones serve
 EVAL_BATCH = 512
 VIEW_TABLES = ("views", "second_views")  # fields of TrainConfig and tables of a file, changed by --view, --second-view
+COMPILE_WINS: frozenset[str] = frozenset()  # device types on which benchmarks/records/step.csv has compile ahead
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,7 @@ class TrainConfig:
     stem: Annotated[
         Literal["auto", "standard", "small"], "First layers; auto is small (3x3, no pooling) up to 64 px."
     ] = "auto"
+    selective_kernel: Annotated[bool, "SimCLRv2's selective kernels and ResNet-D, from depth 50 on."] = False
     head: Annotated[
         Literal["none", "linear", "nonlinear", "nonlinear3"], "Projection head; the paper's is nonlinear."
     ] = "nonlinear"
@@ -80,6 +82,9 @@ class TrainConfig:
     momentum: Annotated[float, "Momentum of LARS and SGD."] = 0.9
     weight_decay: Annotated[float, "Not applied to norms and biases."] = 1e-6
     precision: Annotated[Literal["bf16", "no"], "Mixed precision of encoder and head."] = "bf16"
+    compile: Annotated[
+        Literal["auto", "on", "off"], "torch.compile the network; auto: on devices where it was measured to win."
+    ] = "auto"
     sync_bn: Annotated[bool, "BatchNorm statistics over all GPUs, as the paper; costs time."] = False
     seed: Annotated[int, "Of weights, order and views."] = 0
 
@@ -309,12 +314,15 @@ def train(
     # Model
     torch.manual_seed(config.seed)
     stem: Any = ("small" if config.views.size <= 64 else "standard") if config.stem == "auto" else config.stem
-    encoder = build_encoder(config.depth, width=config.width, stem=stem)
+    encoder = build_encoder(config.depth, width=config.width, stem=stem, selective_kernel=config.selective_kernel)
     head = ProjectionHead(encoder.num_features, kind=config.head, out_features=config.projection_dim)
     network: nn.Module = SimCLR(encoder, head).to(device).to(memory_format=torch.channels_last)
     if config.sync_bn:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     model = accelerator.prepare(network)
+    compiled = config.compile == "on" or (config.compile == "auto" and device.type in COMPILE_WINS)
+    if compiled:  # in place, around DDP, which splits the graph at its buckets; names in state dicts stay
+        model.compile(dynamic=False)
     groups = param_groups(network, config.weight_decay)
     optimizer: torch.optim.Optimizer
     if config.optimizer == "lars":
@@ -349,7 +357,8 @@ def train(
     where = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
     accelerator.print(
         f"swiftclr {recipe}: {out}, step {step} of {total_steps}\n"
-        f"  processes  {world_size} on {where}, precision {accelerator.mixed_precision}, DALI threads {num_threads}\n"
+        f"  processes  {world_size} on {where}, precision {accelerator.mixed_precision}, "
+        f"{'compiled' if compiled else 'eager'}, DALI threads {num_threads}\n"
         f"  data       {config.data}: {dataset.samples} samples in {len(dataset.shards)} shards\n"
         f"  batch      {config.batch_size} images, {loader.local_batch_size} per process; "
         f"{loader.steps_per_epoch} steps per epoch, learning rate to {peak:.4g} in {warmup} steps\n"

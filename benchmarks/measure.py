@@ -3,6 +3,7 @@
 environment() -> dict                       where: processor, GPU, driver, versions, commit, date
 time_interleaved({name: f}) -> {name: ms}   all contestants in turn, so that a busy machine slows all alike
 peak_extra_mib(f) -> float                  most memory in use during f() above what was in use before
+count_kernels(f) -> int                     kernels that f() launches on a GPU, by the profiler
 append(record, rows)                        rows are added to a CSV, never edited
 """
 
@@ -12,6 +13,7 @@ import csv
 import ctypes
 import datetime
 import gc
+import itertools
 import os
 import platform
 import statistics
@@ -22,6 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -78,7 +81,29 @@ def time_interleaved(
         for name, run in contestants.items():
             times[name].append(_cuda_ms(run) if cuda else _cpu_ms(run))
         rounds += 1
-    return {name: _timing(values) for name, values in times.items()}
+    return {name: timing(values) for name, values in times.items()}
+
+
+class Marks:
+    """Points in time, on the GPU's clock where there is one; marking waits for nothing."""
+
+    def __init__(self, cuda: bool) -> None:
+        self.cuda, self.points = cuda, list[Any]()
+
+    def __call__(self) -> None:
+        if self.cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.points.append(event)
+        else:
+            self.points.append(time.perf_counter())
+
+    def intervals_ms(self) -> list[float]:
+        """Milliseconds from each mark to the next; waits until the GPU has passed the last one."""
+        if self.cuda:
+            torch.cuda.synchronize()
+            return [a.elapsed_time(b) for a, b in itertools.pairwise(self.points)]
+        return [(b - a) * 1e3 for a, b in itertools.pairwise(self.points)]
 
 
 def peak_extra_mib(run: Callable[[], object]) -> float:
@@ -102,6 +127,16 @@ def peak_extra_mib(run: Callable[[], object]) -> float:
     return _resident_mib("VmHWM") - before
 
 
+def count_kernels(run: Callable[[], object]) -> int:
+    """Kernels that run() launches on the GPU, without copies and fills; warm up first."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        run()
+        torch.cuda.synchronize()
+    names = [event.name for event in seen.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(not name.startswith(("Memcpy", "Memset")) for name in names)
+
+
 def append(record: Path | str, rows: Sequence[Mapping[str, object]]) -> None:
     """Adds rows to a CSV in benchmarks/records/ (or at a path of its own), which keeps the columns it began with."""
     path = RECORDS / record
@@ -123,7 +158,8 @@ def append(record: Path | str, rows: Sequence[Mapping[str, object]]) -> None:
         writer.writerows(rows)
 
 
-def _timing(values: list[float]) -> Timing:
+def timing(values: Sequence[float]) -> Timing:
+    """The summary of milliseconds measured one by one."""
     values = sorted(values)
     last = len(values) - 1
     return Timing(statistics.median(values), values[round(0.2 * last)], values[round(0.8 * last)], len(values))

@@ -175,20 +175,23 @@ def export_encoder(
                   side kept by the centre crop) say how an image is prepared for it.
     training      recipe, data, scores: JSON that joins these facts and the architecture's in the metadata.
     torchvision's resnetNN takes the file (strict=False, for fc is missing) and timm the folder ("local-dir:FOLDER").
-    Neither can build another width or the small stem, so those get no config.json, and `loads_in` in the metadata
-    says what takes them. Raises ValueError for weights that are not finite.
+    Neither can build another width, selective kernels or the small stem, so those get no config.json, and `loads_in`
+    in the metadata says what takes them. Raises ValueError for weights that are not finite.
     """
     folder, name = Path(folder), f"resnet{encoder.depth}"
     weights = {k: t.float() if t.is_floating_point() else t for k, t in encoder.state_dict().items()}
     if bad := _first_not_finite(weights):
         raise ValueError(f"{bad} is not finite: no encoder written")
     loads_in = f"torchvision and timm {name}"
-    if encoder.width != 1:
+    if encoder.selective_kernel:
+        loads_in = "SwiftCLR's load_encoder: torchvision and timm have no such selective kernels"
+    elif encoder.width != 1:
         loads_in = "SwiftCLR's load_encoder: torchvision and timm have no ResNet of this width"
     elif encoder.stem == "small":
         loads_in += " once conv1 = Conv2d(3, 64, 3, 1, 1, bias=False) and maxpool = Identity()"
     view = dict(mean=list(mean), std=list(std), interpolation=interpolation, crop_pct=crop_pct)
     shape = dict(depth=encoder.depth, width=encoder.width, stem=encoder.stem, num_features=encoder.num_features)
+    shape |= {"selective_kernel": True} if encoder.selective_kernel else {}
     facts = {
         "format": FORMAT,
         **shape,
@@ -210,7 +213,7 @@ def export_encoder(
     }
     with _staged(folder, "encoder") as partial:
         _write_tensors(partial / "encoder.safetensors", weights, {METADATA_KEY: json.dumps(facts, sort_keys=True)})
-        if encoder.width == 1 and encoder.stem == "standard":
+        if encoder.width == 1 and encoder.stem == "standard" and not encoder.selective_kernel:
             _write_json(partial / "config.json", timm)
             os.replace(partial / "config.json", folder / "config.json")
         os.replace(partial / "encoder.safetensors", folder / "encoder.safetensors")
@@ -229,7 +232,8 @@ def load_encoder(path: str | Path) -> Encoder:
     facts = read_metadata(path) or _facts_from_shapes(path)
     try:
         with torch.device("meta"):
-            encoder = build_encoder(facts["depth"], width=facts["width"], stem=facts["stem"])
+            kernels = facts.get("selective_kernel", False)  # files from before the option have none
+            encoder = build_encoder(facts["depth"], width=facts["width"], stem=facts["stem"], selective_kernel=kernels)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: its metadata describe no encoder: {error!r}") from error
     weights = _read_tensors(path, encoder.state_dict(), ignored={"fc.weight", "fc.bias"})

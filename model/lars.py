@@ -1,4 +1,4 @@
-"""LARS in the form that trained SimCLR, as a few multi-tensor calls.
+"""LARS in the form that trained SimCLR, in a few calls over all parameters, none of which waits for the device.
 
 For a weight w with gradient g, and η the trust coefficient:
 
@@ -12,11 +12,16 @@ You et al. 2017, arXiv:1708.03888; this form is lars_optimizer.py of the SimCLR 
 ‖g‖ + weight_decay ‖w‖ + ε and keep the learning rate outside of v, which is another optimizer.
 """
 
+import functools
+import itertools
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+ROW = 1024
 
 
 def param_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -38,6 +43,32 @@ def param_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
     ]
 
 
+class Rows:
+    """Parameters of one device, and room for their momentum and gradients in matrices of ROW columns.
+
+    A parameter owns whole rows, the last one filled up with zeros, so that a factor a parameter is a factor a row:
+    one broadcast product, where torch's multi-tensor calls know no factor that stays on the device. Matrices are
+    float32, or wider where a parameter is; bfloat16 has 8 bits, and v would stop growing at 256 times lr · g.
+    """
+
+    def __init__(self, params: list[Tensor]) -> None:
+        counts = [-(-p.numel() // ROW) for p in params]
+        self.params, self.starts = params, [0, *itertools.accumulate(counts)]
+        self.dtype = functools.reduce(torch.promote_types, {p.dtype for p in params}, torch.float32)
+        self.owner = torch.arange(len(params)).repeat_interleave(torch.tensor(counts)).to(params[0].device)
+        self.one = torch.ones(1, dtype=self.dtype, device=params[0].device)
+        self.momentum, self.momenta = self._matrix()
+        self.gradient, self.grads = self._matrix()
+        self.weights = params if all(p.dtype == self.dtype for p in params) else self._matrix()[1]
+
+    def _matrix(self) -> tuple[Tensor, list[Tensor]]:
+        """Zeros, and views of them with the shapes and strides of the parameters: other strides mean slow calls."""
+        matrix = torch.zeros(self.starts[-1], ROW, dtype=self.dtype, device=self.params[0].device)
+        strides = [torch.empty_like(p, device="meta").stride() for p in self.params]
+        places = zip(self.params, strides, self.starts, strict=False)
+        return matrix, [matrix.as_strided(p.shape, stride, start * ROW) for p, stride, start in places]
+
+
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling.
 
@@ -50,7 +81,11 @@ class LARS(torch.optim.Optimizer):
 
     The state is one momentum_buffer a parameter, float32 or wider. A step reads p.grad and never changes it, and
     never waits for the device. Parameters without a gradient stay as they are. One group of parameters needs one
-    device; a step costs about 20 tensor calls however many parameters there are.
+    device. Beside the momentum, LARS keeps a float32 copy of the gradients, and one of half-precision weights.
+
+    A step of ResNet-50's 161 parameters is 22 tensor calls and at most 28 kernels (36 for half precision): torch cuts
+    a multi-tensor call into kernels of 64 pairs of tensors and 320 pieces of 65,536 numbers, or longer ones where the
+    CUDA version lets it.
     """
 
     def __init__(
@@ -70,6 +105,7 @@ class LARS(torch.optim.Optimizer):
             params,
             dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust_coefficient=trust_coefficient, adapt=True),
         )
+        self._rows: dict[int, Rows] = {}  # by the number of the group
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -78,36 +114,44 @@ class LARS(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
+        for i, group in enumerate(self.param_groups):
             params = [p for p in group["params"] if p.grad is not None]
             if params:
-                self._update(group, params)
+                self._update(group, self._rows_of(i, params))
         return loss
 
-    def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        lr, buffers = group["lr"], [self._momentum_buffer(p) for p in params]
-        # .to() hands back the same tensor where the type is right: only half-precision parameters are copied.
-        weights = [p.to(v.dtype) for p, v in zip(params, buffers, strict=True)]
-        grads = [p.grad.to(v.dtype) for p, v in zip(params, buffers, strict=True)]  # type: ignore[union-attr]
+    def _update(self, group: dict[str, Any], rows: Rows) -> None:
+        torch._foreach_copy_(rows.grads, [p.grad for p in rows.params])  # type: ignore[misc]  # all have one
+        if rows.weights is not rows.params:
+            torch._foreach_copy_(rows.weights, rows.params)
         if group["weight_decay"] != 0:
-            grads = list(torch._foreach_add(grads, weights, alpha=group["weight_decay"]))
-        torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(rows.grads, rows.weights, alpha=group["weight_decay"])
         if group["adapt"]:
-            w_norm = torch.stack(torch._foreach_norm(weights))
-            g_norm = torch.stack(torch._foreach_norm(grads))
-            trust = torch.where((w_norm > 0) & (g_norm > 0), group["trust_coefficient"] * w_norm / g_norm, 1.0)
-            # One call; on CUDA torch still launches it tensor by tensor, since a 0-d factor has no foreach kernel.
-            torch._foreach_addcmul_(buffers, grads, (lr * trust).unbind())
+            norms = torch.stack(torch._foreach_norm(rows.weights + rows.grads)).view(2, -1)
+            w_norm, g_norm = norms
+            trust = (group["trust_coefficient"] * w_norm / g_norm).masked_fill_((norms == 0).any(0), 1.0)
+            rate = (group["lr"] * trust)[rows.owner, None]
         else:
-            torch._foreach_add_(buffers, torch._foreach_mul(grads, lr))
-        torch._foreach_sub_(params, buffers)
+            rate = group["lr"] * rows.one
+        rows.momentum.mul_(group["momentum"]).addcmul_(rows.gradient, rate)
+        torch._foreach_sub_(rows.weights, rows.momenta)
+        if rows.weights is not rows.params:
+            torch._foreach_copy_(rows.params, rows.weights)
 
-    def _momentum_buffer(self, param: Tensor) -> Tensor:
-        state = self.state[param]
-        if "momentum_buffer" not in state:
-            # bfloat16 has 8 bits: v would stop growing once lr · g falls below 1/256 of it.
-            state["momentum_buffer"] = torch.zeros_like(param, dtype=torch.promote_types(param.dtype, torch.float32))
-        return state["momentum_buffer"]
+    def _rows_of(self, i: int, params: list[Tensor]) -> Rows:
+        """The rows of group `i`, made anew where other parameters have gradients than the last time."""
+        rows = self._rows.get(i)
+        if rows is None or len(rows.params) != len(params) or any(map(operator.is_not, rows.params, params)):
+            rows = self._rows[i] = Rows(params)
+            for param, momentum in zip(params, rows.momenta, strict=True):
+                if "momentum_buffer" in self.state[param]:
+                    momentum.copy_(self.state[param]["momentum_buffer"])
+                self.state[param]["momentum_buffer"] = momentum
+        return rows
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._rows = {}  # the momentum has come from elsewhere; load_state_dict passes here too
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but momentum keeps its own type (torch casts it to the parameter's) and is a copy."""

@@ -53,9 +53,9 @@ Gather = Callable[[Tensor], Tensor]
 # binary digits fit between 2^-126 and 2^127.
 MIN_TEMPERATURE = 0.0128
 MAX_TRITON_DIM = 512
-# Up to here the plain matrix is faster on a CPU: 2.3 against 3.4 ms at 256 rows of 128, 9.9 against 7.7 at 512 (forward
-# and backward, one thread of a Xeon with AMX, torch 2.15).
-SMALL_ON_CPU = 256
+# Up to here the plain matrix is faster on a CPU, forward and backward: 5.6 against 7.7 ms at 512 rows of 128 with four
+# threads of a Xeon with AMX, 7.7 against 8.0 with one (loss.csv); at 1024 rows tiles win.
+SMALL_ON_CPU = 512
 TILE_ON_CPU = 512  # 1 MiB of fp32, which the second-level cache holds; 256 and 1024 took 5 to 70 % longer at 4096 rows
 TILE_ON_GPU = 4096
 

@@ -72,7 +72,8 @@ def splits(train: int = 2560, test: int = 1000, seed: int = 0) -> Iterator[tuple
 
 def write_demo(out: str | Path, **options: Any) -> None:
     """Write the demo's two data sets, out/train and out/test, both or neither; options as for `write_shards`."""
-    from pipeline.shards import Sample, publish, write_shards
+    from pipeline.shards import Sample
+    from pipeline.write import publish, write_shards
 
     with publish(out) as folder:
         for name, images in splits():

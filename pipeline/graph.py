@@ -15,6 +15,7 @@ from nvidia.dali import fn, math, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 
+from pipeline.images import ppm_header
 from pipeline.views import ATTEMPTS, NOISE_WINDOWS, OPERATIONS, Draws, ViewConfig, check_pair
 
 LABEL_DIGITS = 10  # .cls members hold the label as ASCII digits; they leave the graph padded with zeros to this width
@@ -34,6 +35,7 @@ class Reader:
     indexes: Sequence[str]
     image_ext: str  # "jpg", or alternatives as in "jpg;png"
     labelled: bool
+    raw: tuple[int, int] | None = None  # (height, width) if all images are PPMs of this size, as `pipeline.images.ppm`
     rank: int = 0
     world_size: int = 1
     shuffle: int = 0
@@ -66,17 +68,23 @@ def _read(reader: Reader) -> tuple[DataNode, DataNode | None]:
     return encoded, fn.pad(label, shape=[LABEL_DIGITS])
 
 
-def _decode(encoded: DataNode, gpu: bool) -> DataNode:
-    return fn.decoders.image(encoded, device="mixed" if gpu else "cpu", output_type=types.RGB, adjust_orientation=False)
+def _image(encoded: DataNode, reader: Reader, gpu: bool) -> tuple[DataNode, DataNode]:
+    """The decoded image, and its height and width (and channels) as floats on the CPU."""
+    if reader.raw:  # the pixels lie there as they are, behind the header
+        skip, num = len(ppm_header(*reader.raw)), 3 * reader.raw[0] * reader.raw[1]
+        image = fn.reshape(fn.slice(encoded, [skip], [num], axes=[0]), shape=[*reader.raw, 3], layout="HWC")
+        return image.gpu() if gpu else image, types.Constant(np.array(reader.raw, np.float32))
+    shape = fn.peek_image_shape(encoded, dtype=types.FLOAT, adjust_orientation=False)
+    device = "mixed" if gpu else "cpu"
+    return fn.decoders.image(encoded, device=device, output_type=types.RGB, adjust_orientation=False), shape
 
 
-def _windows(encoded: DataNode, drawn: dict[str, DataNode], configs: Sequence[ViewConfig]) -> Any:
+def _windows(shape: DataNode, drawn: dict[str, DataNode], configs: Sequence[ViewConfig]) -> Any:
     """Start and end (2, 2) of both views' crops, rows (y, x) relative to the image: the first candidate that is legal.
 
-    Both views go through each node together: at 32 pixels these few numbers cost as much as the pixels, since every
-    node costs microseconds per sample.
+    shape is the image's. Both views go through each node together: at 32 pixels these few numbers cost as much as the
+    pixels, since every node costs microseconds per sample.
     """
-    shape = fn.peek_image_shape(encoded, dtype=types.FLOAT, adjust_orientation=False)
     if configs[0].profile == "reference":
         return _authors_windows(shape, drawn, configs)
     width, height, offset = drawn["width"], drawn["height"], drawn["offset"]
@@ -341,8 +349,8 @@ def two_views(
                 source, num_outputs=len(joint) + len(names[0]) + len(names[1]), batch=True, batch_info=True
             )
         )
-        start, end = _windows(encoded, {name: next(drawn) for name in joint}, configs)
-        image = _decode(encoded, gpu=device_id is not None)
+        image, shape = _image(encoded, reader, gpu=device_id is not None)
+        start, end = _windows(shape, {name: next(drawn) for name in joint}, configs)
         views = []
         for i in range(2):
             draws = SimpleNamespace(**{name: next(drawn) for name in names[i]})
@@ -360,7 +368,7 @@ def plain_view(
     @pipeline_def(batch_size=batch_size, num_threads=num_threads, device_id=device_id)
     def graph() -> tuple[DataNode, ...]:
         encoded, label = _read(reader)
-        image = _decode(encoded, gpu=device_id is not None)
+        image, _ = _image(encoded, reader, gpu=device_id is not None)
         shorter = round(config.size / config.eval_crop)
         image = fn.resize(image, resize_shorter=shorter, interp_type=_INTERP[config.interpolation])
         image = fn.crop(image, crop=[config.size, config.size])

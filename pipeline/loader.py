@@ -275,6 +275,7 @@ def _reader(dataset: Dataset, rank: int, world_size: int, shuffle: int, seed: in
         indexes=dataset.indexes,
         image_ext=";".join(dataset.extensions),
         labelled=dataset.labelled,
+        raw=dataset.raw,
         rank=rank,
         world_size=world_size,
         shuffle=shuffle,

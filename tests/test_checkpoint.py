@@ -459,6 +459,22 @@ def test_load_encoder_rebuilds_every_architecture(tmp_path, architecture, ours):
     assert (tmp_path / "config.json").exists() == standard, "a config.json is a promise that timm can load the folder"
 
 
+@pytest.mark.parametrize(("width", "stem"), [(1, "standard"), (0.125, "small")])
+def test_selective_kernels_come_back_and_are_promised_to_nobody_else(tmp_path, width, stem):
+    """load_encoder rebuilds them from the metadata; timm gets no config.json, and bare weights are no ResNet."""
+    encoder = trained(50, width=width, stem=stem, selective_kernel=True)
+    path = export_encoder(tmp_path, encoder, **IMAGE, training={})
+    loaded = load_encoder(path)
+    assert loaded.selective_kernel
+    for (key, a), b in zip(loaded.state_dict().items(), encoder.state_dict().values(), strict=True):
+        assert torch.equal(a, b), key
+    assert not (tmp_path / "config.json").exists()
+    assert "no such selective kernels" in read_metadata(path)["loads_in"]
+    save_file(load_file(path), tmp_path / "plain.safetensors")
+    with pytest.raises(ValueError, match="plain.safetensors"):
+        load_encoder(tmp_path / "plain.safetensors")
+
+
 def test_load_encoder_takes_torchvisions_own_file(tmp_path):
     """With its fc, which is left out."""
     theirs = torchvision.models.resnet18()

@@ -1,11 +1,12 @@
 """The encoder is torchvision's ResNet under torchvision's names, with SimCLR's changes and nothing else."""
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 from torch import nn
 
-from model.encoder import build_encoder
+from model.encoder import SelectiveKernel, build_encoder
 
 
 def images(n=2, size=48):
@@ -74,6 +75,89 @@ def test_parameter_counts_are_the_published_ones(width, millions):
 
 
 @pytest.mark.parametrize(
+    ("depth", "width", "plain", "selective"),
+    [(50, 1, 24, 35), (50, 2, 94, 140), (101, 1, 43, 65), (101, 2, 170, 257), (152, 1, 58, 89), (152, 2, 233, 354)],
+)
+def test_parameter_counts_are_those_of_the_second_paper(depth, width, plain, selective):
+    """SimCLRv2's table in millions, which counts the running statistics too."""
+    for selective_kernel, millions in ((False, plain), (True, selective)):
+        tensors = meta_encoder(depth, width=width, selective_kernel=selective_kernel).state_dict().values()
+        assert round(sum(t.numel() for t in tensors if t.ndim) / 1e6) == millions
+
+
+def test_the_largest_published_encoder_has_795_million():
+    """ResNet-152, three times as wide, with selective kernels."""
+    tensors = meta_encoder(152, width=3, selective_kernel=True).state_dict().values()
+    assert round(sum(t.numel() for t in tensors if t.ndim) / 1e6) == 795
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_selective_kernel_equals_the_formula_in_float64(stride):
+    """Two convolutions, normalised by the batch; a softmax over the two, of what their pooled sum says."""
+    torch.manual_seed(0)
+    module = SelectiveKernel(48, stride).double()
+    for norm in (module.split[1], module.select[2]):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias)
+    x = torch.randn(5, 48, 7, 7, dtype=torch.float64)
+
+    def relu_norm(y, norm):
+        weight, bias = (p.detach().numpy()[:, None, None] for p in (norm.weight, norm.bias))
+        y = (y - y.mean((0, 2, 3), keepdims=True)) / np.sqrt(y.var((0, 2, 3), keepdims=True) + 1e-5)
+        return np.maximum(y * weight + bias, 0)
+
+    kernels = module.split[0].weight.detach()
+    both = [
+        nn.functional.conv2d(x, kernel, stride=stride, padding=1).numpy() for kernel in (kernels[:48], kernels[48:])
+    ]
+    streams = relu_norm(np.concatenate(both, 1), module.split[1])
+    streams = np.stack([streams[:, :48], streams[:, 48:]])
+    pooled = streams.sum(0).mean((2, 3))
+    squeeze, expand = (module.select[i].weight.detach().numpy()[:, :, 0, 0] for i in (1, 4))
+    assert squeeze.shape == (32, 48)
+    hidden = relu_norm((pooled @ squeeze.T)[..., None, None], module.select[2])[..., 0, 0]
+    logits = (hidden @ expand.T).reshape(5, 2, 48).swapaxes(0, 1)
+    shares = np.exp(logits) / np.exp(logits).sum(0)
+    expected = (streams * shares[..., None, None]).sum(0)
+    np.testing.assert_allclose(module(x).detach().numpy(), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [6, 7])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_selective_shortcuts_average_as_tensorflow_does(size, stride):
+    """Two by two from each pixel to the right and down: halving, zeros count beyond the edge; else only pixels do."""
+    encoder = build_encoder(50, width=1 / 16, selective_kernel=True)
+    pool = (encoder.layer1 if stride == 1 else encoder.layer2)[0].downsample[0]
+    x = torch.randn(2, 3, size, size, dtype=torch.float64)
+    expected = np.zeros((2, 3, -(-size // stride), -(-size // stride)))
+    for i in range(expected.shape[2]):
+        for j in range(expected.shape[3]):
+            window = x.numpy()[:, :, stride * i : stride * i + 2, stride * j : stride * j + 2]
+            expected[:, :, i, j] = window.sum((2, 3)) / (4 if stride == 2 else window[0, 0].size)
+    np.testing.assert_allclose(pool(x).numpy(), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("stem", ["standard", "small"])
+def test_a_selective_encoder_trains_in_channels_last(stem):
+    """Features of every image, no copy into another layout on the way, and a gradient at every parameter."""
+    torch.manual_seed(0)
+    encoder = build_encoder(50, width=1 / 8, stem=stem, selective_kernel=True).to(memory_format=torch.channels_last)
+    layouts = []
+    for module in encoder.modules():
+        if isinstance(module, SelectiveKernel):
+            module.register_forward_hook(lambda _module, _inputs, y: layouts.append(y.stride(1)))
+    nn.init.ones_(encoder.layer4[2].bn3.weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        features = encoder(images(4).to(memory_format=torch.channels_last))
+    assert features.shape == (4, encoder.num_features)
+    assert layouts == [1] * 16
+    for block in (block for i in range(1, 5) for block in getattr(encoder, f"layer{i}")):
+        nn.init.ones_(block.bn3.weight)  # with γ = 0 nothing behind it would learn
+    encoder(images(4)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in encoder.parameters())
+
+
+@pytest.mark.parametrize(
     ("depth", "width", "features"), [(18, 0.25, 128), (50, 0.5, 1024), (34, 1 / 64, 8), (18, 1.5, 768)]
 )
 def test_width_multiplies_every_channel(depth, width, features):
@@ -113,7 +197,11 @@ def test_convolutions_are_drawn_as_the_authors_draw():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"depth": 20}, {"width": 0}, {"width": 0.3}, {"width": float("nan")}, {"width": 1e300}, {"stem": "tiny"}]
+    "bad",
+    [
+        *({"depth": 20}, {"width": 0}, {"width": 0.3}, {"width": float("nan")}, {"width": 1e300}, {"stem": "tiny"}),
+        {"selective_kernel": True, "depth": 34},
+    ],
 )
 def test_nonsense_is_refused(bad):
     """The message names the argument."""

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.graph import Reader, plain_view, two_views
-from pipeline.shards import Dataset, Sample, write_shards
+from pipeline.shards import Dataset, Sample
 from pipeline.views import ATTEMPTS, OPERATIONS, VIEWS, Draws, ViewConfig, draw, make_views
+from pipeline.write import write_shards
 from tests.oracles import views as oracle
 
 LEVELS = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}  # views come out in grey levels

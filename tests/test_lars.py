@@ -5,10 +5,11 @@ import copy
 import numpy as np
 import pytest
 import torch
+import torchvision
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.encoder import build_encoder
+from benchmarks.measure import count_kernels
 from model.lars import LARS, param_groups
 from tests.oracles.lars import lars_update
 
@@ -92,31 +93,115 @@ def test_the_learning_rate_sits_inside_the_momentum():
 
 
 class CountCalls(TorchDispatchMode):
-    """Counts the tensor calls and forbids the ones that wait for the device."""
+    """The tensor calls, and how many kernels each launches on CUDA."""
 
     def __init__(self):
         super().__init__()
-        self.calls = []
+        self.calls, self.kernels = [], 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.calls.append(str(func))
+        self.kernels += kernels(func, args)
         return func(*args, **(kwargs or {}))
 
 
+def kernels(func, args):
+    """By torch's MultiTensorApply.cuh where kernel arguments are limited to 4 KiB; newer CUDA versions need fewer.
+
+    A call over lists of tensors is cut into kernels of 320 pieces of 65,536 numbers, and of so many tensors that their
+    addresses fit: 110 of one list, 64 of two. A norm also clears and then adds up its partial sums.
+    """
+    if func.is_view or str(func).startswith(("profiler.", "aten.empty")):
+        return 0
+    if not str(func).startswith("aten._foreach_"):
+        return 1
+    lists = [arg for arg in args if isinstance(arg, list)]
+    most, launched, tensors, pieces = {1: 110, 2: 64, 3: 48}[len(lists)], 0, 0, 0
+    for tensor in lists[0]:
+        tensors += 1
+        for piece in range(count := -(-tensor.numel() // 65536)):
+            pieces += 1
+            last = piece == count - 1
+            if pieces == 320 or (tensors == most and last):
+                launched, pieces, tensors = launched + 1, 0, 0 if last else 1
+    return launched + (pieces > 0) + (2 if "norm" in str(func) else 0)
+
+
+def test_the_rule_counts_kernels_as_torch_cuts_lists():
+    """By hand: a full kernel and a rest, by tensors and by pieces; the tensor that is cut counts in both."""
+    call, sizes = torch.ops.aten._foreach_copy_.default, [[1] * 64, [1] * 65, [320 * 65536], [1, 320 * 65536 + 1]]
+    lists = [[torch.empty(n, device="meta") for n in each] for each in sizes]
+    assert [kernels(call, [each, each]) for each in lists] == [1, 2, 1, 2]
+    assert kernels(torch.ops.aten._foreach_norm.Scalar, [lists[1]]) == 3
+    assert kernels(torch.ops.aten.mul_.Tensor, lists[0]) == 1
+    assert kernels(torch.ops.aten.unsqueeze.default, lists[0]) == 0
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 30), (torch.bfloat16, 36)])
 @pytest.mark.parametrize("weight_decay", [0.0, 1e-4])
-def test_a_step_of_resnet50_is_thirty_tensor_calls_without_a_sync(weight_decay):
+@pytest.mark.parametrize("lr_is_tensor", [False, True])
+def test_a_step_of_resnet50_is_thirty_calls_and_kernels_without_a_sync(dtype, most, weight_decay, lr_is_tensor):
     """161 parameters; common LARS ports make more than 1,200 calls, two of them syncs for every adapted tensor."""
-    encoder = build_encoder(50)
-    optimizer = LARS(param_groups(encoder, weight_decay), lr=0.1)
-    params = list(encoder.parameters())
-    assert len(params) == 159  # torchvision's 161 without the classifier
+    with torch.device("meta"):
+        network = torchvision.models.resnet50(num_classes=128).to(dtype)
+        lr = torch.tensor(0.1)
+    optimizer = LARS(param_groups(network, weight_decay), lr=0.1)
+    for group in optimizer.param_groups:
+        group["lr"] = lr if lr_is_tensor else 0.1
+    params = list(network.parameters())
+    assert len(params) == 161
     for p in params:
-        p.grad = torch.ones_like(p)
+        p.grad = torch.empty_like(p)
     optimizer.step()  # the first step also allocates the momentum
     with CountCalls() as count:
         optimizer.step()
     assert len(count.calls) <= 30, count.calls
-    assert not [c for c in count.calls if "item" in c or "_local_scalar_dense" in c or "nonzero" in c]
+    assert count.kernels <= most
+    assert not [
+        c for c in count.calls if "item" in c or "_local_scalar_dense" in c or "nonzero" in c or "_to_copy" in c
+    ]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_cuda_the_profiler_sees_thirty_kernels_and_nothing_waits():
+    """What the rule promises, counted; any wait for the device raises."""
+    network = torchvision.models.resnet50().cuda().to(memory_format=torch.channels_last)
+    optimizer = LARS(param_groups(network, 1e-4), lr=0.1)
+    for p in network.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert count_kernels(optimizer.step) <= 30
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_captured_step_follows_the_learning_rate():
+    """A CUDA graph replayed under a changing rate leaves the weights that the eager optimizer leaves."""
+    params, lrs, optimizers = [], [], []
+    for _ in range(2):
+        params.append({name: nn.Parameter(p.detach().cuda()) for name, p in make_params().items()})
+        lrs.append(torch.zeros((), device="cuda"))
+        optimizers.append(LARS(groups_of(params[-1], 1e-4), lr=lrs[-1]))
+        for name, p in params[-1].items():
+            p.grad = torch.full_like(p, 0.0 if name == "zero grad" else 0.5)
+        optimizers[-1].step()  # at rate 0: the momentum is there, and nothing has moved
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizers[1].step()
+    for step in range(10):
+        for each in lrs:
+            each.fill_(lr_at(step))
+        optimizers[0].step()
+        graph.replay()
+    for name in SHAPES:
+        assert torch.equal(params[0][name], params[1][name]), name
 
 
 def test_gradients_are_left_as_they_are():
@@ -140,6 +225,44 @@ def test_a_parameter_without_gradient_stays():
     assert torch.equal(still, torch.ones(2, 2))
     assert still not in optimizer.state
     assert not torch.equal(moving, torch.ones(2, 2))
+
+
+def test_momentum_survives_a_change_of_what_has_gradients():
+    """A frozen parameter keeps its momentum and goes on with it; the others do not notice."""
+    names = ("frozen", "other")
+    ours = {name: nn.Parameter(torch.ones(3, 700)) for name in names}
+    alone = {name: nn.Parameter(torch.ones(3, 700)) for name in names}
+    together = LARS(list(ours.values()), lr=1.0)
+    single = {name: LARS([p], lr=1.0) for name, p in alone.items()}
+    for step in range(6):
+        for name in names:
+            skipped = name == "frozen" and step in (2, 3)
+            for p in (ours[name], alone[name]):
+                p.grad = None if skipped else torch.full_like(p, 1.0 + step)
+            single[name].step()
+        together.step()
+    for name in names:
+        assert torch.equal(ours[name], alone[name]), name
+
+
+def test_a_copied_optimizer_goes_on_by_itself():
+    """deepcopy takes parameters and momentum along; what the copy does leaves the original alone."""
+    params = make_params()
+    optimizer = LARS(groups_of(params, 1e-4), lr=0.3)
+    draw_grads(params, torch.Generator().manual_seed(4))
+    optimizer.step()
+    twin = copy.deepcopy(optimizer)
+    kept = {name: (p.detach().clone(), optimizer.state[p]["momentum_buffer"].clone()) for name, p in params.items()}
+    for group, original in zip(twin.param_groups, optimizer.param_groups, strict=True):
+        for p, q in zip(group["params"], original["params"], strict=True):
+            p.grad = q.grad.clone()
+    twin.step()
+    for name, p in params.items():
+        assert torch.equal(p, kept[name][0]), name
+        assert torch.equal(optimizer.state[p]["momentum_buffer"], kept[name][1]), name
+    optimizer.step()
+    for group, original in zip(twin.param_groups, optimizer.param_groups, strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(group["params"], original["params"], strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -12,7 +12,7 @@ PACKAGES = ("pipeline", "model", "tools", "benchmarks")
 HOMES = {  # library: the files that may import it
     "accelerate": {"train.py"},
     "nvidia": {"pipeline/graph.py", "pipeline/loader.py"},  # the loader for a type only
-    "webdataset": {"pipeline/shards.py"},
+    "webdataset": {"pipeline/write.py"},
     "safetensors": {"model/checkpoint.py"},
     "triton": {"model/nt_xent_triton.py"},
 }

@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 
 from pipeline.loader import Batch, Loader, LoaderError, build_eval_loader, build_loader
-from pipeline.shards import Dataset, Sample, read_dataset, write_shards
+from pipeline.shards import Dataset, Sample, read_dataset
 from pipeline.views import ViewConfig, make_views
+from pipeline.write import write_shards
 
 CPU = torch.device("cpu")
 NUM = 23

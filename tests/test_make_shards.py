@@ -1,12 +1,14 @@
 """The command line: folders become shards with the right labels, and every mistake ends in one line."""
 
 import fcntl
+import io
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from functools import partial
 from pathlib import Path
@@ -15,8 +17,21 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import pipeline.demo
+from pipeline import sources
 from pipeline.shards import read_dataset
+from pipeline.write import write_shards
 from tests.test_shards import BAD, contents, picture, stored
+from tests.test_sources import (
+    TRUTH,
+    WNIDS,
+    by_tarfile,
+    make_cifar,
+    make_devkit,
+    make_ilsvrc,
+    make_stl10,
+    make_tar,
+    special,
+)
 from tools.make_shards import _progress, app
 
 ROOT = Path(__file__).parents[1]
@@ -111,9 +126,9 @@ def test_bad_files_are_summed_up_on_the_screen_and_listed_in_the_report(tmp_path
         (source / "b" / f"{name}.jpg").write_bytes(BAD["half a JPEG"][0] or b"")
     result = run("folder", source, tmp_path / "out")
     assert result.exit_code == 0, result.output
-    assert "left out 4 images (does not decode: 2, empty: 1, not JPEG, PNG or WebP: 1)" in result.stdout
+    assert "left out 4 images (does not decode: 2, empty: 1, no image: 1)" in result.stdout
     assert "no image is left of 1 classes: 'b'" in result.stderr
-    listed = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
+    listed = [json.loads(line) for line in (tmp_path / "out" / "actions.jsonl").read_text().splitlines()]
     assert {each["path"] for each in listed} == {"a/empty.JPEG", "a/page.jpg", "b/1.jpg", "b/half.jpg"}
     assert read_dataset(tmp_path / "out").classes == ("a", "b")
 
@@ -122,10 +137,20 @@ def test_options_reach_the_shards(tmp_path: Path) -> None:
     source = fill(tmp_path / "source", *(f"{i}.jpg" for i in range(6)))
     (source / "half.jpg").write_bytes(BAD["half a JPEG"][0] or b"")
     options = ("--shard-size", 3, "--seed", 7, "--name", "mine", "--no-verify")
+    options += ("--on-bad", "skip", "--resize", 300, "--quality", 70)
     assert run("folder", source, tmp_path / "out", *options).exit_code == 0
     dataset = read_dataset(tmp_path / "out")
     assert [shard.file for shard in dataset.shards] == ["mine-000000.tar", "mine-000001.tar", "mine-000002.tar"]
-    assert dataset.options == {"seed": 7, "shard_size": 3, "verify": False, "max_pixels": 64_000_000}
+    assert dataset.options == {
+        "seed": 7,
+        "shard_size": 3,
+        "on_bad": "skip",
+        "store": "original",
+        "resize": 300,
+        "quality": 70,
+        "verify": False,
+        "max_pixels": 64_000_000,
+    }
     assert dataset.samples == 7
 
 
@@ -173,6 +198,139 @@ def test_demo_makes_train_and_test_at_once(tmp_path: Path, monkeypatch: pytest.M
     assert train.classes == test.classes == pipeline.demo.CLASSES
     assert not {image for _, image in stored(train) if len(image) > 1} & {i for _, i in stored(test) if len(i) > 1}
     assert "demo is not empty" in refused("demo", tmp_path / "demo")
+
+
+def test_imagenet_s_tar_and_the_folder_it_unpacks_to_give_the_same_shards(tmp_path: Path) -> None:
+    """Every file of the data set is equal, so nothing is gained by unpacking; validation has the same classes."""
+    ilsvrc = make_ilsvrc(tmp_path)
+    archive = ilsvrc / "ILSVRC2012_img_train.tar"
+    for name, data in by_tarfile(archive):
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            tar.extractall(ilsvrc / "unpacked" / name.removesuffix(".tar"), filter="data")
+    result = run("imagenet-train", archive, ilsvrc / "a", "--seed", 5, "--shard-size", 2)
+    assert result.exit_code == 0, result.output
+    assert "imagenet-train: 9 images, 3 classes" in result.stdout
+    assert "warning: " in result.stderr
+    run("folder", ilsvrc / "unpacked", ilsvrc / "b", "--seed", 5, "--shard-size", 2, "--name", "imagenet-train")
+    assert contents(ilsvrc / "a") == contents(ilsvrc / "b")
+    devkit = make_devkit(ilsvrc / "kit.tar.gz")
+    assert run("imagenet-val", ilsvrc / "val.tar", devkit, ilsvrc / "val").exit_code == 0
+    assert read_dataset(ilsvrc / "val").classes == read_dataset(ilsvrc / "a").classes
+    by_label = {WNIDS[i - 1]: {picture(100 + n) for n, j in enumerate(TRUTH, 1) if j == i} for i in (1, 2, 3)}
+    assert images_by_class(ilsvrc / "val") == {(wnid, image) for wnid in WNIDS for image in by_label[wnid]}
+
+
+def test_raw_pixels_reach_the_loader_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the original archive of CIFAR-10 through shards and DALI to the encoder's input, pixel for pixel."""
+    import numpy as np
+    import torch
+
+    from pipeline.loader import build_eval_loader
+    from pipeline.views import ViewConfig
+
+    planes, labels = make_cifar(tmp_path / "root", 10, monkeypatch)[True]
+    assert run("cifar10", tmp_path / "root", tmp_path / "out").exit_code == 0
+    views = ViewConfig(size=32, eval_crop=1.0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    batches = list(build_eval_loader(read_dataset(tmp_path / "out"), views, 8, torch.device("cpu"), num_threads=1))
+    found = {
+        (255 * image.numpy()).round().astype(np.uint8).tobytes(): int(i)
+        for x, y in batches
+        for image, i in zip(x, y, strict=True)
+    }
+    assert found == {image.tobytes(): label for image, label in zip(planes, labels, strict=True)}
+
+
+def test_stl10_is_converted_by_the_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The unlabelled images, and the same bytes from one process as from two."""
+    make_stl10(tmp_path / "root", monkeypatch)
+    assert run("stl10", tmp_path / "root", tmp_path / "one").exit_code == 0
+    source = sources.stl10(tmp_path / "root", "unlabeled")
+    options = {"classes": None, "root": source.root, "name": source.name, "convert": source.convert}
+    two = write_shards(source.samples, tmp_path / "two", workers=2, **options)
+    assert contents(tmp_path / "one") == contents(two.root)
+    with tarfile.open(two.tars[0]) as tar:
+        assert re.fullmatch(r"00000000-00000\d.ppm", tar.getnames()[0])
+    expected = {source.convert(sample.read(source.root)) for sample in source.samples if source.convert}
+    assert {image for _, image in stored(two)} == expected
+    assert len(expected) == 5
+
+
+def test_shards_can_be_made_of_our_own_shards(tmp_path: Path) -> None:
+    """The same images under the same classes, shuffled by another seed."""
+    source = fill(tmp_path / "source", *(f"{name}/{i}.jpg" for name in ("cat", "dog") for i in range(8)))
+    run("folder", source, tmp_path / "a")
+    assert run("webdataset", tmp_path / "a", tmp_path / "b", "--seed", 1).exit_code == 0
+    assert images_by_class(tmp_path / "a") == images_by_class(tmp_path / "b")
+    assert len(images_by_class(tmp_path / "b")) == 16
+    assert read_dataset(tmp_path / "b").classes == ("cat", "dog")
+
+
+def test_a_list_makes_shards_and_what_is_missing_is_left_out_by_name(tmp_path: Path) -> None:
+    fill(tmp_path, "x/1.jpg", "y/2.jpg")
+    (tmp_path / "list.csv").write_text("x/1.jpg,cat\ny/2.jpg,dog\nz/3.jpg,dog\n")
+    result = run("list", tmp_path / "list.csv", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "left out 1 images (unreadable: 1)" in result.stdout
+    assert '"z/3.jpg"' in (tmp_path / "out" / "actions.jsonl").read_text()
+    assert images_by_class(tmp_path / "out") == {("cat", picture(0)), ("dog", picture(1))}
+
+
+def test_hostile_archives_write_nothing_outside_the_output_folder(tmp_path: Path) -> None:
+    """Climbing and absolute names are only names; links and devices are left out and listed; no file moves."""
+    names = ["../../up.jpg", f"{tmp_path}/absolute.jpg", "a/../../b.jpg", "/etc/passwd.jpg", "~/c.jpg", "x\n y.jpg"]
+    specials = [
+        special("link.jpg", tarfile.SYMTYPE, "../target"),
+        special("hard.jpg", tarfile.LNKTYPE, "/etc/hostname"),
+        special("disk.jpg", tarfile.BLKTYPE),
+        special("zero.jpg", tarfile.CHRTYPE),
+        special("pipe.jpg", tarfile.FIFOTYPE),
+        special("link", tarfile.SYMTYPE, str(tmp_path)),
+    ]
+    entries = [*specials, ("link/through.jpg", picture(9)), *((name, picture(i)) for i, name in enumerate(names))]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "target").write_text("mine")
+    source = make_tar(tmp_path / "in" / "a.tar", entries)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    result = run("webdataset", source, tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    listed = [json.loads(line) for line in (tmp_path / "out" / "actions.jsonl").read_text().splitlines()]
+    assert {each["path"]: each["detail"] for each in listed} == {
+        "a.tar/link.jpg": "a symbolic link",
+        "a.tar/hard.jpg": "a hard link",
+        "a.tar/disk.jpg": "a block device",
+        "a.tar/zero.jpg": "a character device",
+        "a.tar/pipe.jpg": "a FIFO",
+    }
+    members = stored(read_dataset(tmp_path / "out"))
+    assert {image for _, image in members} == {picture(i) for i in (*range(len(names)), 9)}
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]+\.jpg", name) for name, _ in members)
+    after = {
+        path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if tmp_path / "out" not in (path, *path.parents)
+    }
+    assert after == before
+
+
+def test_a_cut_off_tar_is_announced_and_its_loss_listed(tmp_path: Path) -> None:
+    source = make_tar(tmp_path / "a.tar", [(f"{i}.jpg", picture(i)) for i in range(6)])
+    data = source.read_bytes()
+    source.write_bytes(data[: data.index(b"5.jpg") + 600])
+    result = run("webdataset", source, tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "warning: a.tar: cut off within '5.jpg': 88 of its" in result.stderr
+    assert "left out 1 images (unreadable: 1)" in result.stdout
+    assert read_dataset(tmp_path / "out").samples == 5
+    listed = json.loads((tmp_path / "out" / "actions.jsonl").read_text())
+    assert listed["path"] == "a.tar: the rest"
+    assert listed["detail"].startswith("a.tar: cut off within '5.jpg'")
+
+
+@pytest.mark.parametrize(
+    "command", [["imagenet-train"], ["list"], ["webdataset"], ["imagenet-val", "x"], ["cifar10"], ["stl10"]]
+)
+def test_every_source_that_is_missing_is_named(tmp_path: Path, command: list[str]) -> None:
+    name, *more = command
+    assert "missing" in refused(name, tmp_path / "missing", *more, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(

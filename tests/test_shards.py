@@ -3,8 +3,11 @@
 import hashlib
 import io
 import json
+import os
 import re
 import struct
+import subprocess
+import sys
 import tarfile
 import zlib
 from collections import Counter
@@ -16,8 +19,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.shards import Dataset, DatasetError, Sample, publish, read_dataset, write_shards
+from pipeline.shards import Dataset, DatasetError, Sample, read_dataset
+from pipeline.write import publish, write_shards
 
+ROOT = Path(__file__).parents[1]
 NUM = 42  # divides by 1, 2 and 3 ranks
 
 
@@ -193,8 +198,9 @@ def test_manifest_matches_the_files(made: Dataset) -> None:
             assert len(archive.getnames()) == 2 * shard.samples == 2 * sizes[shard.file]
     assert (made.samples, made.extensions, made.labelled) == (NUM, ("jpg",), True)
     assert made.classes == tuple(names())
-    assert made.counts == {"kept": {"jpg": NUM}, "left_out": {}, "per_class": [1] * NUM}
-    assert not (made.root / "skipped.jsonl").exists()
+    assert made.counts == {"kept": {"jpg": NUM}, "reencoded": {}, "left_out": {}, "per_class": [1] * NUM}
+    assert not (made.root / "actions.jsonl").exists()
+    assert not (made.root / "journal.jsonl").exists()
 
 
 def test_samples_without_labels_have_no_cls(tmp_path: Path) -> None:
@@ -241,8 +247,8 @@ def png_header(width: int, height: int) -> bytes:
 
 BAD = {
     "zero byte": (b"", "empty"),
-    "GIF": (picture(1, "GIF", mode="L"), "not JPEG, PNG or WebP"),
-    "web page": (b"<!DOCTYPE html><html>404</html>", "not JPEG, PNG or WebP"),
+    "half a GIF": ((gif := picture(1, "GIF", size=64, mode="L"))[: len(gif) // 2], "does not decode"),
+    "web page": (b"<!DOCTYPE html><html>404</html>", "no image"),
     "half a JPEG": ((jpeg := picture(2, size=256))[: len(jpeg) // 2], "does not decode"),
     "JPEG without its last tenth": (jpeg[: len(jpeg) * 9 // 10], "does not decode"),
     "JPEG header": (jpeg[:100], "does not decode"),
@@ -262,7 +268,7 @@ def test_bad_images_among_good_ones_are_left_out_counted_and_named(tmp_path: Pat
     good = pictures(30)
     dataset = write_shards([*bad, *good], tmp_path / "set", classes=names(30), root=tmp_path, shard_size=6)
     assert sorted(labels(dataset)) == list(range(30))
-    listed = [json.loads(line) for line in (dataset.root / "skipped.jsonl").read_text().splitlines()]
+    listed = [json.loads(line) for line in (dataset.root / "actions.jsonl").read_text().splitlines()]
     assert {each["path"]: each["reason"] for each in listed} == {
         f"bad/{name}": reason for name, (_, reason) in BAD.items()
     }
@@ -281,42 +287,11 @@ def test_shards_of_which_nothing_is_left_leave_no_gap(tmp_path: Path) -> None:
     assert len(list(dataset.root.iterdir())) == 2 * 5 + 4
 
 
-def test_odd_but_sound_images_are_kept_as_they_are(tmp_path: Path) -> None:
-    """Gray, CMYK and tiny JPEGs, palette and 16-bit PNGs, WebP; the extension follows the bytes, not the name.
-
-    DALI decodes each of them to RGB.
-    """
-    wide = io.BytesIO()
-    Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 257).save(wide, "PNG")
-    odd = {
-        "gray.jpg": (picture(0, mode="L"), "jpg"),
-        "cmyk.jpg": (picture(1, mode="CMYK"), "jpg"),
-        "tiny.jpg": (picture(2, size=1), "jpg"),
-        "png named.JPEG": (picture(3, "PNG"), "png"),
-        "palette.png": (picture(4, "PNG", mode="P"), "png"),
-        "alpha.png": (picture(5, "PNG", mode="RGBA"), "png"),
-        "wide.png": (wide.getvalue(), "png"),
-        "猫 é.webp": (picture(7, "WEBP"), "webp"),
-    }
-    samples = [Sample(name, i, data) for i, (name, (data, _)) in enumerate(odd.items())]
-    dataset = write_shards(samples, tmp_path / "set", classes=names(8), shard_size=3)
-    members = stored(dataset)
-    found = {
-        int(cls): (image, name.partition(".")[2])
-        for (_, cls), (name, image) in zip(members[::2], members[1::2], strict=True)
-    }
-    assert found == dict(enumerate(odd.values()))
-    assert dataset.extensions == ("jpg", "png", "webp")
-    reader = dali_reader(dataset, decode=True)
-    shapes = {int(bytes(label.at(0))): image.at(0).shape for image, label in (reader.run() for _ in odd)}
-    assert shapes == {i: (1, 1, 3) if name == "tiny.jpg" else (16, 16, 3) for i, name in enumerate(odd)}
-
-
-def test_without_verification_only_the_first_bytes_are_looked_at(tmp_path: Path) -> None:
+def test_without_verification_only_headers_are_looked_at(tmp_path: Path) -> None:
     """A truncated JPEG passes, an empty file and a web page still do not."""
     samples = [Sample("half", 0, BAD["half a JPEG"][0]), Sample("empty", 0, b""), Sample("page", 0, b"<html>")]
     dataset = write_shards(samples, tmp_path / "set", classes=["a"], verify=False)
-    assert dataset.counts["left_out"] == {"empty": 1, "not JPEG, PNG or WebP": 1}
+    assert dataset.counts["left_out"] == {"empty": 1, "no image": 1}
     assert dataset.samples == 1
 
 
@@ -346,10 +321,14 @@ def test_a_label_outside_the_classes_is_refused(tmp_path: Path, label: int | Non
         ({"shard_size": 0}, "shard_size and workers must be at least 1"),
         ({"workers": 0}, "shard_size and workers must be at least 1"),
         ({"max_pixels": 10**9}, "max_pixels must be 1 to 178956970"),
+        ({"resize": 0}, "resize must be at least 1 pixel, not 0"),
+        ({"quality": 101}, "quality must be 1 to 100, not 101"),
+        ({"on_bad": "ignore"}, "on_bad and store must be .* not 'ignore' and 'original'"),
+        ({"store": "png"}, "on_bad and store must be .* not 'reencode' and 'png'"),
     ],
 )
 def test_nonsense_options_are_refused(tmp_path: Path, options: dict, message: str) -> None:
-    with pytest.raises(DatasetError, match=message):
+    with pytest.raises(ValueError, match=message):
         write_shards(pictures(2), tmp_path / "set", classes=names(2), **options)
     assert list(tmp_path.iterdir()) == []
 
@@ -392,16 +371,138 @@ def test_leftovers_of_a_killed_run_do_not_get_in(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["clean", "set"]
 
 
-def test_a_failure_on_the_way_leaves_nothing(tmp_path: Path) -> None:
-    """Here the progress report fails after the first shard; the error reaches the caller unchanged."""
+# ---- interrupted and started again
 
-    def fail(done: int, total: int) -> None:
-        raise RuntimeError(f"{done} of {total}")
 
-    for workers in (1, 2):
-        with pytest.raises(RuntimeError, match="2 of 4"):
-            write_shards(pictures(4), tmp_path / "set", classes=names(4), shard_size=2, workers=workers, progress=fail)
-        assert list(tmp_path.iterdir()) == []
+def stop_after(images: int) -> Callable[[int, int], None]:
+    """A progress report that fails as soon as so many images are done."""
+
+    def stop(done: int, total: int) -> None:
+        if done >= images:
+            raise RuntimeError(f"{done} of {total}")
+
+    return stop
+
+
+def test_a_failure_before_the_first_shard_leaves_nothing(tmp_path: Path) -> None:
+    """Here a folder and a missing file: there is nothing that a next call could go on from."""
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    samples = [Sample("a", 0), Sample("b", 0)]
+    with pytest.raises(DatasetError, match="none of the 2 images can be used"):
+        write_shards(samples, tmp_path / "set", classes=["x"], root=tmp_path / "images")
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, workers: int) -> None:
+    """Finished shards stay untouched, also those of which nothing was left, and the end is as if nothing happened."""
+    samples = [*pictures(18), Sample("bad", 0, b"<html>"), Sample("odd.png", 1, picture(9, "PNG", mode="RGBA"))]
+    call: dict[str, Any] = {"classes": names(20), "shard_size": 1}
+    whole = write_shards(samples, tmp_path / "whole", **call)
+    with pytest.raises(RuntimeError, match="12 of 20"):
+        write_shards(samples, tmp_path / "set", **call, workers=workers, progress=stop_after(12))
+    partial = tmp_path / ".set.partial"
+    finished = {path.name: path.stat().st_mtime_ns for path in partial.glob("train-*")}
+    assert len(finished) in (22, 24)
+    (partial / "train-000099.tar").write_bytes(b"of an unfinished shard")
+    calls: list[int] = []
+    again = write_shards(samples, tmp_path / "set", **call, progress=lambda done, _: calls.append(done))
+    assert calls == list(range(13, 21))
+    assert contents(again.root) == contents(whole.root)
+    assert {name: (again.root / name).stat().st_mtime_ns for name in finished} == finished
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["set", "whole"]
+
+
+CHANGES: dict[str, tuple[Callable[[Path], object], dict[str, Any], str]] = {
+    "another seed": (lambda _: None, {"seed": 1}, "seed differ"),
+    "another rule": (lambda _: None, {"resize": 8}, "resize differ"),
+    "another quality and name": (lambda _: None, {"quality": 80, "name": "x"}, "quality, name differ"),
+    "another conversion": (lambda _: None, {"convert": bytes}, "convert differ"),
+    "another shard size": (lambda _: None, {"shard_size": 3}, "shard_size differ"),
+    "a file of another size": (lambda root: (root / "3").write_bytes(picture(99)), {}, "samples differ"),
+    "a file written again": (lambda root: os.utime(root / "3", ns=(0, 0)), {}, "samples differ"),
+    "a file removed": (lambda root: (root / "3").unlink(), {}, "samples differ"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_job_does_not_take_over_what_an_interrupted_one_left(tmp_path: Path, change: str) -> None:
+    """It is refused naming what differs, and what is finished stays for the job it belongs to."""
+    root = tmp_path / "images"
+    root.mkdir()
+    for i in range(6):
+        (root / f"{i}").write_bytes(picture(i))
+    call: dict[str, Any] = {"classes": None, "root": root, "shard_size": 2}
+    with pytest.raises(RuntimeError, match="4 of 6"):
+        write_shards([Sample(f"{i}") for i in range(6)], tmp_path / "set", **call, progress=stop_after(4))
+    before = contents(tmp_path / ".set.partial")
+    act, options, message = CHANGES[change]
+    act(root)
+    with pytest.raises(DatasetError, match=f"2 finished shards of another job: {message}.*remove the folder"):
+        write_shards([Sample(f"{i}") for i in range(6)], tmp_path / "set", **call | options)
+    assert contents(tmp_path / ".set.partial") == before
+
+
+@pytest.mark.parametrize("damage", ["torn journal", "truncated tar", "missing index", "torn first line"])
+def test_what_is_not_whole_is_written_again(tmp_path: Path, damage: str) -> None:
+    """A power cut may leave more behind than a killed process does."""
+    whole = write_shards(pictures(8), tmp_path / "whole", classes=names(8), shard_size=2)
+    with pytest.raises(RuntimeError, match="6 of 8"):
+        write_shards(pictures(8), tmp_path / "set", classes=names(8), shard_size=2, progress=stop_after(6))
+    partial = tmp_path / ".set.partial"
+    journal, tar = partial / "journal.jsonl", partial / "train-000001.tar"
+    first, *rest = journal.read_bytes().splitlines(keepends=True)
+    if damage == "torn journal":
+        journal.write_bytes(first + b"".join(rest)[:-20])
+    elif damage == "torn first line":
+        journal.write_bytes(first[:20])
+    elif damage == "truncated tar":
+        tar.write_bytes(tar.read_bytes()[:-512])
+    else:
+        Path(f"{tar}.idx").unlink()
+    assert contents(write_shards(pictures(8), tmp_path / "set", classes=names(8), shard_size=2).root) == contents(
+        whole.root
+    )
+
+
+KILLED = """
+import os, random, signal, sys, time
+from pathlib import Path
+import PIL.Image, webdataset  # the slow part, once for all runs
+from pipeline.write import write_shards
+from tests.test_shards import names, pictures
+
+def write(name):
+    write_shards(samples, out / name, classes=names(160), shard_size=4, resize=12)
+
+out, samples, rng = Path(sys.argv[1]), pictures(160), random.Random(0)
+start = time.monotonic()
+write("whole")
+seconds = time.monotonic() - start
+kills = done = 0
+while kills < 10 or not done or list(out.glob(".*")):
+    child = os.fork()
+    if not child:
+        write(f"set{done}")
+        os._exit(0)
+    if kills < 10:
+        time.sleep(rng.uniform(0, 0.2 * seconds))
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    kills += os.WIFSIGNALED(status)
+    done += (out / f"set{done}").exists()
+print(kills)
+"""
+
+
+def test_killed_at_ten_random_moments_the_shards_are_the_same(tmp_path: Path) -> None:
+    """kill -9 again and again, each time going on: every file is as in a run that was left alone."""
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "10\n"), done.stderr
+    for folder in tmp_path.iterdir():
+        assert contents(folder) == contents(tmp_path / "whole"), folder
+    assert not list(tmp_path.glob(".*"))
 
 
 # ---- reading a set that is not what its manifest says

@@ -1,5 +1,6 @@
 """Training: what a run is made of, that ranks and interruptions do not change it, and how bad input ends."""
 
+import functools
 import io
 import json
 import os
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
 
@@ -26,7 +28,8 @@ from model.checkpoint import latest, load_encoder
 from model.encoder import build_encoder
 from model.nt_xent import nt_xent
 from model.simclr import ProjectionHead, SimCLR
-from pipeline.shards import Sample, write_shards
+from pipeline.shards import Sample
+from pipeline.write import write_shards
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM, BATCH = 70, 16  # four steps an epoch, six samples over
@@ -163,6 +166,35 @@ def test_a_run_leaves_its_folder_complete(shards: Path, tmp_path: Path) -> None:
     assert list((out / "swiftclr").rglob("events.out.tfevents*"))
     assert "step 9/9 100% | loss" in done.output
     assert "data_wait" in done.output
+
+
+def test_a_compiled_run_is_the_eager_one_under_the_same_names(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is traced is what runs eagerly, and neither checkpoint nor encoder knows of the wrapper."""
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:  # the default one calls a C++ compiler for a minute
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    for choice in ("on", "auto"):
+        done = run("--data", str(shards), "--steps", "3", "--compile", choice, "--out", str(tmp_path / choice))
+        assert done.exit_code == 0, done.output
+        assert ("compiled" if choice == "on" else "eager") in done.output
+        assert len(graphs) == 1, "one graph without a break, and none where no record says that it wins"
+    assert [row["loss"] for row in rows(tmp_path / "on")] == pytest.approx(
+        [row["loss"] for row in rows(tmp_path / "auto")], rel=1e-5
+    )
+    ends = [load_file(latest(tmp_path / choice / "checkpoints") / "model.safetensors") for choice in ("on", "auto")]
+    assert list(ends[0]) == list(ends[1])
+    for name, tensor in ends[1].items():
+        torch.testing.assert_close(ends[0][name], tensor, rtol=1e-4, atol=1e-5)
+    assert (
+        load_encoder(tmp_path / "on" / "encoder").state_dict().keys()
+        == build_encoder(18, width=0.125).state_dict().keys()
+    )
 
 
 def test_a_finished_run_may_be_resumed_with_queries_added(shards: Path, tmp_path: Path) -> None:

@@ -112,7 +112,9 @@ def encode(
     network = load_encoder(encoder)
     if random_init:
         torch.manual_seed(seed)
-        network = build_encoder(network.depth, width=network.width, stem=network.stem)
+        network = build_encoder(
+            network.depth, width=network.width, stem=network.stem, selective_kernel=network.selective_kernel
+        )
     told = read_metadata(encoder / "encoder.safetensors" if encoder.is_dir() else encoder) or {}
     changes: dict[str, Any] = {"size": size or told.get("image_size", 224)}
     if told:
@@ -134,7 +136,8 @@ def encode(
         with typer.progressbar(loader, length=-(-dataset.samples // batch_size), label=str(dataset.root)) as batches:
             found += features(network, batches, device)
     facts = {
-        "encoder": f"ResNet-{network.depth}, width {network.width:g}, {network.stem} stem",
+        "encoder": f"ResNet-{network.depth}, width {network.width:g}, {network.stem} stem"
+        + ", selective kernels" * network.selective_kernel,
         "weights": f"random, seed {seed}" if random_init else str(encoder),
         "views": {name: getattr(views, name) for name in ("size", "eval_crop", "interpolation", "mean", "std")},
         "train": {"samples": sets[0].samples, "fingerprint": sets[0].fingerprint},

@@ -1,76 +1,247 @@
 """Turn images into shards: tar files with DALI indexes and a manifest, ready for training.
 
-    python tools/make_shards.py folder IMAGES OUT     a folder of images, or of class folders
-    python tools/make_shards.py demo OUT              the built-in demo data, OUT/train and OUT/test
+    python tools/make_shards.py folder IMAGES OUT              a folder of images, or of class folders
+    python tools/make_shards.py list FILE OUT                  the files that a text file names, with or without labels
+    python tools/make_shards.py imagenet-train ARCHIVE OUT     ILSVRC2012_img_train.tar, not unpacked
+    python tools/make_shards.py imagenet-val ARCHIVE TRUTH OUT ILSVRC2012_img_val.tar and its devkit or a list of labels
+    python tools/make_shards.py cifar10 ROOT OUT               or cifar100, stl10: the original archive in ROOT
+    python tools/make_shards.py webdataset TARS OUT            WebDataset shards, shuffled, checked and indexed anew
+    python tools/make_shards.py demo OUT                       the built-in demo data, OUT/train and OUT/test
+    python tools/make_shards.py verify DIR                     shards read from end to end, every fault named
+    python tools/make_shards.py quarantine DIR KEY...          leave samples out without rewriting a tar
 
-Every image is decoded once; what does not decode is left out and listed in OUT/skipped.jsonl. The bytes of the images
-are kept. OUT appears when it is complete, and is never overwritten. Exit code 2: the input cannot be used; 1: failed.
+Every image is decoded once. 8-bit RGB or gray JPEG, PNG and WebP keep their bytes; other kinds (CMYK, 16-bit, alpha,
+palette, GIF, BMP, TIFF) are converted, what does not decode is left out, and OUT/actions.jsonl lists both; --on-bad
+decides otherwise. OUT appears when it is complete, and is never overwritten; where a run was interrupted, the same
+command goes on. Exit code 2: the input cannot be used; 1: failed, or faults were found.
 50,000 CIFAR-10 JPEGs take 13 to 22 s, 1,000 of ImageNet 7 s, 4 of it start-up (4 busy cores, Pillow 13).
 """
 
 import contextlib
+import inspect
+import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 if TYPE_CHECKING:
-    from pipeline.shards import Dataset, Sample
-
-# torchvision's list and .gif, so that a GIF is reported as left out instead of being overlooked.
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
+    from pipeline.shards import Dataset
+    from pipeline.sources import Source
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
 Out = Annotated[Path, typer.Argument(help="New folder for the shards.")]
 ShardSize = Annotated[
-    int | None, typer.Option(min=1, help="Most samples per shard. [default: 1000, fewer for small sets]")
+    int | None, typer.Option(min=1, help="Most samples per shard. (default: 1000, fewer for small sets)")
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the shuffle.")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Processes. [default: one per core]")]
-Verify = Annotated[bool, typer.Option(help="Decode every image once.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes. (default: one per core)")]
+Verify = Annotated[bool, typer.Option(help="Decode every image once; without, only headers are read.")]
+OnBad = Annotated[
+    Literal["fail", "skip", "reencode"],
+    typer.Option(help="Images not stored as they are: end, leave them out, or convert those that decode."),
+]
+Store = Annotated[
+    Literal["original", "ppm"],
+    typer.Option(help="ppm: bare RGB pixels, which need no decoder; for small images, best of one size."),
+]
+Resize = Annotated[
+    int | None, typer.Option(min=1, help="Shrink images to this shorter side, as JPEG. (default: keep their size)")
+]
+Quality = Annotated[int, typer.Option(min=1, max=100, help="Of the JPEGs that shrinking or converting writes.")]
+Name = Annotated[str | None, typer.Option(help="First part of the shards' names. (default: that of the source)")]
+Root = Annotated[Path, typer.Argument(help="Folder of the original archive.")]
+Split = Annotated[Literal["train", "test"], typer.Option(help="50,000 or 10,000 images.")]
+Download = Annotated[bool, typer.Option("--download", help="Get the archive into ROOT if it is not there.")]
+ClassList = Annotated[
+    Path | None, typer.Option(help="Text file of class names, one a line, label 0 first. (default: found in SOURCE)")
+]
 
 
-@app.command()
-def folder(
-    source: Annotated[Path, typer.Argument(help="Folder of images (no labels), or of one folder per class.")],
+def makes_shards(find: "Callable[..., Source]") -> Callable[..., None]:
+    """Make a command of a function that finds a source: its parameters, then those of `write`; its docstring."""
+    own = inspect.signature(find).parameters
+    shared = list(inspect.signature(write).parameters.values())[1:]
+    parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in (*own.values(), *shared)]
+
+    def command(**given: Any) -> None:
+        from tools import one_message
+
+        with one_message("make_shards"):
+            try:
+                source = find(**{name: given.pop(name) for name in own})
+            except OSError as error:
+                from pipeline.shards import DatasetError
+
+                raise DatasetError(f"cannot read the source: {error}") from error
+            write(source, **given)
+
+    # typer reads both
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {each.name: each.annotation for each in parameters}
+    command.__name__, command.__doc__ = find.__name__, find.__doc__
+    return command
+
+
+def write(
+    source: "Source",
     out: Out,
     shard_size: ShardSize = None,
     seed: Seed = 0,
     workers: Workers = None,
     verify: Verify = True,
-    name: Annotated[str | None, typer.Option(help="First part of the shards' names. [default: that of SOURCE]")] = None,
+    on_bad: OnBad = "reencode",
+    resize: Resize = None,
+    quality: Quality = 90,
+    store: Store = "original",
+    name: Name = None,
 ) -> None:
+    """Write what was found; each option of this function is one of every command that finds a source."""
+    from pipeline.write import write_shards
+
+    labels = f"{len(source.classes)} classes" if source.classes is not None else "no labels"
+    typer.echo(f"{source.name}: {len(source.samples)} images, {labels}")
+    if source.warning:
+        typer.echo(f"warning: {source.warning}", err=True)
+    with _progress(source.name) as progress:
+        dataset = write_shards(
+            source.samples,
+            out,
+            classes=source.classes,
+            root=source.root,
+            convert=source.convert,
+            name=name or source.name,
+            shard_size=shard_size,
+            seed=seed,
+            workers=workers or _cores(),
+            verify=verify,
+            on_bad=on_bad,
+            resize=resize,
+            quality=quality,
+            store=store,
+            progress=progress,
+        )
+    _report(dataset)
+
+
+@app.command()
+@makes_shards
+def folder(
+    source: Annotated[Path, typer.Argument(help="Folder of images (no labels), or of one folder per class.")],
+) -> "Source":
     """Shards from a folder: labels from class folders, sorted as torchvision's ImageFolder does, or no labels."""
-    from tools import one_message
+    from pipeline import sources
 
-    with one_message("make_shards"):
-        from pipeline.shards import DatasetError, write_shards
+    return sources.folder(source)
 
-        try:
-            samples, classes = scan(source)
-        except OSError as error:
-            raise DatasetError(f"cannot read {source}: {error}") from error
-        typer.echo(f"{source}: {len(samples)} images, " + (f"{len(classes)} classes" if classes else "no labels"))
-        name = name or "".join(c if c.isascii() and c.isalnum() else "-" for c in source.resolve().name) or "shards"
-        with _progress(name) as progress:
-            dataset = write_shards(
-                samples,
-                out,
-                classes=classes,
-                root=source,
-                name=name,
-                shard_size=shard_size,
-                seed=seed,
-                workers=workers or _cores(),
-                verify=verify,
-                progress=progress,
-            )
-        _report(dataset)
+
+@app.command("list")
+@makes_shards
+def file_list(
+    file: Annotated[Path, typer.Argument(help="Text file: PATH, or PATH<TAB>LABEL or PATH,LABEL, a line.")],
+    root: Annotated[Path | None, typer.Option(help="Folder that paths start from. (default: that of FILE)")] = None,
+    classes: ClassList = None,
+) -> "Source":
+    """Shards of the files that a list names, one a line.
+
+    Labels are names (sorted, they become the classes) or whole numbers from 0. Lines have tabs, or as CSV commas.
+    Give --classes where two lists, say of training and test images, must have equal classes.
+    """
+    from pipeline import sources
+
+    return sources.file_list(file, root, classes)
+
+
+@app.command()
+@makes_shards
+def imagenet_train(
+    archive: Annotated[Path, typer.Argument(help="ILSVRC2012_img_train.tar.")],
+) -> "Source":
+    """Shards of ImageNet's training images, straight from the tar of 1000 tars; nothing is unpacked.
+
+    The headers of 1,281,167 images are read first, which takes about a minute. Labels are those of the unpacked folder.
+    """
+    from pipeline import sources
+
+    return sources.imagenet_train(archive)
+
+
+@app.command()
+@makes_shards
+def imagenet_val(
+    archive: Annotated[Path, typer.Argument(help="ILSVRC2012_img_val.tar.")],
+    truth: Annotated[
+        Path,
+        typer.Argument(
+            help="ILSVRC2012_devkit_t12.tar.gz (needs scipy), or a text file: FILENAME WNID a line, or WNID a line in "
+            "the order of the file names."
+        ),
+    ],
+) -> "Source":
+    """Shards of ImageNet's validation images, straight from the tar; labels agree with those of imagenet-train."""
+    from pipeline import sources
+
+    return sources.imagenet_val(archive, truth)
+
+
+@app.command()
+@makes_shards
+def cifar10(root: Root, split: Split = "train", download: Download = False) -> "Source":
+    """Shards of CIFAR-10 from cifar-10-python.tar.gz in ROOT, which is unpacked there; pixels are kept as they are."""
+    from pipeline import sources
+
+    return sources.cifar(10, root, split, download)
+
+
+@app.command()
+@makes_shards
+def cifar100(root: Root, split: Split = "train", download: Download = False) -> "Source":
+    """Shards of CIFAR-100 from cifar-100-python.tar.gz in ROOT, which is unpacked there; the labels are the fine ones.
+
+    Pixels are kept as they are.
+    """
+    from pipeline import sources
+
+    return sources.cifar(100, root, split, download)
+
+
+@app.command()
+@makes_shards
+def stl10(
+    root: Root,
+    split: Annotated[
+        Literal["train", "test", "unlabeled", "train+unlabeled"],
+        typer.Option(help="5,000, 8,000, 100,000 or 105,000 images; the last two without labels."),
+    ] = "unlabeled",
+    download: Download = False,
+) -> "Source":
+    """Shards of STL-10 from stl10_binary.tar.gz in ROOT, which is unpacked there; pixels are kept as they are."""
+    from pipeline import sources
+
+    return sources.stl10(root, split, download)
+
+
+@app.command()
+@makes_shards
+def webdataset(
+    source: Annotated[Path, typer.Argument(help="Folder of tars, or one tar.")],
+    pattern: Annotated[str, typer.Option(help="Which tars of the folder.")] = "*.tar",
+    classes: ClassList = None,
+) -> "Source":
+    """Shards of WebDataset shards: shuffled anew, checked and indexed; nothing is unpacked.
+
+    An image is a member named KEY.jpg, .png, .webp and so on, where KEY ends at the last dot; its label stands in
+    KEY.cls, where KEY may also end at the first dot of the file name. Other members are passed over. Links, devices,
+    images without a label among labelled ones and what is lost of a damaged tar are left out by name.
+    """
+    from pipeline import sources
+
+    return sources.webdataset(source, pattern, classes)
 
 
 @app.command()
@@ -92,69 +263,80 @@ def demo(
             _report(read_dataset(out / name))
 
 
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of shards.")]
+
+
+@app.command()
+def verify(
+    folder: Folder,
+    images: Annotated[bool, typer.Option("--images", help="Decode every image too.")] = False,
+    workers: Workers = None,
+    report: Annotated[Path | None, typer.Option(help="New file for the faults, JSON lines; for quarantine.")] = None,
+) -> None:
+    """Read shards from end to end: sizes, hashes, indexes against tars, labels, and images on request.
+
+    Every fault is printed with its shard and key. Exit code 0: none; 1: some; 2: there is no manifest to go by.
+    """
+    from tools import one_message
+
+    with one_message("make_shards"):
+        from dataclasses import asdict
+
+        from pipeline.audit import verify
+        from pipeline.shards import DatasetError, read_dataset
+
+        if report and report.exists():
+            raise DatasetError(f"{report} exists, and nothing is ever overwritten: give a new file")
+        dataset = read_dataset(folder, check=False)
+        start = time.monotonic()
+        with _progress(dataset.name) as progress:
+            faults = verify(folder, images=images, workers=workers or _cores(), progress=progress)
+        seconds = time.monotonic() - start
+        for fault in faults:
+            typer.echo(f"{fault.shard}{f' {fault.key}' if fault.key else ''}: {fault.problem}")
+        if report:
+            report.write_text("".join(f"{json.dumps(asdict(fault))}\n" for fault in faults), encoding="ascii")
+        mib = sum(shard.bytes for shard in dataset.shards) / 2**20
+        rate = f"{dataset.samples / seconds:.0f} samples/s, {mib / seconds:.0f} MiB/s"
+        found = f"{len(faults) or 'no'} fault{'s' * (len(faults) > 1)}"
+        typer.echo(f"{folder}: {found} in {dataset.samples} samples in {len(dataset.shards)} shards ({rate})")
+        if faults:
+            raise typer.Exit(1)
+
+
+@app.command()
+def quarantine(
+    folder: Folder,
+    keys: Annotated[list[str] | None, typer.Argument(metavar="KEY...", help="As verify prints them.")] = None,
+    report: Annotated[Path | None, typer.Option("--from", help="A report of verify: all its keys.")] = None,
+) -> None:
+    """Leave samples out of shards from now on, without rewriting a tar.
+
+    New indexes are written beside the old ones and dataset.json is replaced. To undo every quarantine, put
+    dataset.json.original back in its place. A run that has begun does not resume on the changed data set.
+    """
+    from tools import one_message
+
+    with one_message("make_shards"):
+        from pipeline.audit import quarantine
+        from pipeline.shards import DatasetError
+
+        chosen = list(keys or ())
+        if report:
+            try:
+                faults = [json.loads(line) for line in report.read_text(encoding="ascii").splitlines()]
+                chosen += [fault["key"] for fault in faults if fault["key"]]
+            except (ValueError, KeyError, TypeError) as error:
+                raise DatasetError(f"{report} is not a report of verify: {type(error).__name__}: {error}") from error
+        if not chosen:
+            raise DatasetError("there is no key to leave out: name keys, or a report that does with --from")
+        dataset = quarantine(folder, chosen)
+        out = len(dataset.counts["quarantined"])
+        typer.echo(f"{folder}: {dataset.samples} samples in {len(dataset.shards)} shards, {out} in quarantine")
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0))
-
-
-def scan(source: Path) -> "tuple[list[Sample], list[str] | None]":
-    """Find the images of a class folder (labels, class names) or of a flat folder (None as class names).
-
-    Images are found by suffix, in class folders at any depth; hidden files and folders are passed over.
-    Raises DatasetError if there are none, if a class has none, or if images lie beside class folders.
-    """
-    from pipeline.shards import DatasetError, Sample
-
-    if not source.is_dir():
-        raise DatasetError(f"{source} is {'a file' if source.exists() else 'missing'}, expected a folder of images")
-    flat, others, classes, images = [], 0, [], []
-    for entry in sorted(_entries(source), key=lambda entry: entry.name):
-        if entry.is_dir():
-            classes.append(entry.name)
-            images.append(sorted(_images(source, entry.name)))
-        elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
-            flat.append(entry.name)
-        else:
-            others += 1
-    if flat and any(images):
-        example = next(found[0] for found in images if found)
-        raise DatasetError(
-            f"{source} mixes images ({flat[0]!r}) with class folders of images ({example!r}): "
-            "put every image into a class folder, or all of them into one folder without labels"
-        )
-    if flat:
-        return [Sample(path) for path in flat], None
-    if not any(images):
-        found = f"{len(classes)} folders without images and {others} other files" if classes or others else "nothing"
-        raise DatasetError(f"{source} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}); found {found}")
-    if empty := [name for name, found in zip(classes, images, strict=True) if not found]:
-        raise DatasetError(
-            f"{source} has class folders without an image: {', '.join(map(repr, empty[:5]))}"
-            f"{f' and {len(empty) - 5} more' if len(empty) > 5 else ''}. "
-            "Each folder is a class and takes a label: fill or remove them"
-        )
-    return [Sample(path, label) for label, found in enumerate(images) for path in found], classes
-
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    with os.scandir(folder) as entries:
-        return [e for e in entries if not e.name.startswith(".") and (e.is_dir() or e.is_file())]
-
-
-def _images(source: Path, folder: str) -> Iterator[str]:
-    """Paths, from `source`, of the images at any depth below `folder`; no folder is entered twice through links."""
-    seen: set[tuple[int, int]] = set()
-    pending = [folder]
-    while pending:
-        at = pending.pop()
-        status = os.stat(source / at)
-        if (status.st_dev, status.st_ino) in seen:
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        for entry in _entries(source / at):
-            if entry.is_dir():
-                pending.append(f"{at}/{entry.name}")
-            elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
-                yield f"{at}/{entry.name}"
 
 
 def _report(dataset: "Dataset") -> None:
@@ -162,7 +344,10 @@ def _report(dataset: "Dataset") -> None:
     typer.echo(f"{dataset.root}: {dataset.samples} samples in {len(dataset.shards)} shards, {mib:.1f} MiB")
     if left_out := dataset.counts["left_out"]:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in left_out.items())
-        typer.echo(f"left out {sum(left_out.values())} images ({reasons}), see {dataset.root / 'skipped.jsonl'}")
+        typer.echo(f"left out {sum(left_out.values())} images ({reasons}), see {dataset.root / 'actions.jsonl'}")
+    if reencoded := dataset.counts["reencoded"]:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in reencoded.items())
+        typer.echo(f"wrote {sum(reencoded.values())} images anew ({reasons})")
     if empty := [
         name for name, n in zip(dataset.classes or (), dataset.counts["per_class"] or (), strict=True) if not n
     ]:
