@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 KNN_BANK = 100_000  # samples that vote in the kNN of a running training; shards are shuffled, so the first ones serve
 EVAL_BATCH = 512
+VIEW_TABLES = ("views", "second_views")  # fields of TrainConfig and tables of a file, changed by --view, --second-view
 COMPILE_WINS: frozenset[str] = frozenset()  # device types on which benchmarks/records/step.csv has compile ahead
 
 
@@ -54,6 +55,7 @@ class TrainConfig:
     data: Annotated[str, "Folder of shards to train on; the demo makes its own."] = ""
     eval_data: Annotated[str, "Folder of labelled shards to query kNN with; `data` is the bank."] = ""
     views: ViewConfig = field(default_factory=ViewConfig)
+    second_views: ViewConfig | None = None  # of the second view of each image; None: as `views`
 
     depth: Annotated[int, "ResNet depth: 18, 34, 50, 101 or 152."] = 50
     width: Annotated[float, "Multiplies every channel: 1, 2 or 4 in the paper."] = 1.0
@@ -404,6 +406,7 @@ def train(
         num_threads=num_threads,
         half=half,
         micro_batch=config.micro_batch,
+        second_views=config.second_views,
     )
     total_steps = config.steps or config.epochs * loader.steps_per_epoch
     warmup = min(warmup_steps(config.warmup_epochs, dataset.samples, config.batch_size), total_steps)
@@ -747,7 +750,8 @@ def next_free(path: Path) -> Path:
 def settings(config: TrainConfig, origin: Mapping[str, str]) -> str:
     """The configuration in one line; values that do not come from the recipe say where from."""
     flat = asdict(config)
-    flat |= {f"views.{name}": value for name, value in flat.pop("views").items()}
+    for views in ("views", "second_views"):
+        flat |= {f"{views}.{name}": value for name, value in (flat.pop(views) or {}).items()}
     return ", ".join(f"{k}={v}" + (f" ({origin[k]})" if k in origin else "") for k, v in flat.items() if v != "")
 
 
@@ -755,18 +759,18 @@ def settings(config: TrainConfig, origin: Mapping[str, str]) -> str:
 
 
 def _read_config_file(ctx: typer.Context, path: Path | None) -> Path | None:
-    """Make a TOML file's values the defaults of the options; its [views] table goes to `ctx.obj`."""
+    """Make a TOML file's values the defaults of the options; its two tables of views go to `ctx.obj`."""
     if path is None:
         return None
     try:
         values = tomllib.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise typer.BadParameter(f"{path} cannot be read: {error}") from error
-    ctx.obj = values.pop("views", {})
-    known = {f.name for f in fields(TrainConfig)} - {"views"}
+    ctx.obj = {name: values.pop(name, {}) for name in VIEW_TABLES}
+    known = {f.name for f in fields(TrainConfig)} - set(VIEW_TABLES)
     if unknown := sorted(values.keys() - known):
         raise typer.BadParameter(
-            f"{path}: unknown key {', '.join(unknown)}; known: {', '.join(sorted(known))}, [views]"
+            f"{path}: unknown key {', '.join(unknown)}; known: {', '.join(sorted(known))}, [views], [second_views]"
         )
     ctx.default_map = values
     return path
@@ -779,10 +783,13 @@ def _command(
     resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in --out, if there is one.")] = False,
     config: Annotated[  # noqa: ARG001  its callback has done the work
         Path | None,
-        typer.Option(help="TOML file of options and a \\[views] table.", is_eager=True, callback=_read_config_file),
+        typer.Option(help="TOML file of options and \\[views] tables.", is_eager=True, callback=_read_config_file),
     ] = None,
     views: Annotated[str | None, typer.Option(help=f"Views other than the recipe's: {', '.join(VIEWS)}.")] = None,
     view: Annotated[list[str] | None, typer.Option(help="Change one view option, such as size=96. Repeatable.")] = None,
+    second_view: Annotated[
+        list[str] | None, typer.Option(help="Change one option of each image's second view alone. Repeatable.")
+    ] = None,
     **options: Any,
 ) -> None:
     """Train an encoder with SimCLR. A recipe gives every value; a file and then options change them."""
@@ -797,15 +804,17 @@ def _command(
             source = ctx.get_parameter_source(name)
             if source is not None and options[name] is not None:
                 origin[name] = "file" if source.name == "DEFAULT_MAP" else "command line"
-        changes = dict(ctx.obj or {})
-        preset = views or changes.pop("preset", None)
-        origin |= {f"views.{name}": "file" for name in changes}
-        given = parse_changes(view or [])
-        changes |= given
-        origin |= {f"views.{name}": "command line" for name in given}
-        made = make_views(preset, changes) if preset else make_views(base.views, changes)
+        tables = ctx.obj or {name: {} for name in VIEW_TABLES}
+        preset = views or tables["views"].pop("preset", None)
+        for name, texts in zip(VIEW_TABLES, (view, second_view), strict=True):
+            given = parse_changes(texts or [])
+            origin |= {f"{name}.{key}": "file" for key in tables[name]}
+            origin |= {f"{name}.{key}": "command line" for key in given}
+            tables[name] = tables[name] | given
+        made = make_views(preset or base.views, tables["views"])
+        second = make_views(made, tables["second_views"]) if tables["second_views"] else None
         chosen = {name: value for name, value in options.items() if value is not None}
-        resolved = replace(base, views=made, **chosen)
+        resolved = replace(base, views=made, second_views=second, **chosen)
         record(train)(resolved, recipe=recipe, out=out, resume=resume, origin=origin)
     except Preempted as error:
         typer.echo(f"{rank}{error}", err=True)
@@ -827,7 +836,7 @@ def build_command() -> Callable[..., None]:
     params = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     params = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in params]
     for each in fields(TrainConfig):
-        if each.name != "views":
+        if each.name not in VIEW_TABLES:
             kind, text = get_args(hints[each.name])
             option: Any = Annotated[kind | None, typer.Option(help=text)]  # type: ignore[valid-type]
             params.append(inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pipeline.shards import Dataset
-from pipeline.views import Draws, ViewConfig, draw
+from pipeline.views import Draws, ViewConfig, check_pair, draw
 
 if TYPE_CHECKING:
     from nvidia.dali.pipeline import Pipeline
@@ -61,7 +61,9 @@ class Loader:
         half: bool,
         shuffle: int,
         micro_batch: int,
+        second_views: ViewConfig | None,
     ) -> None:
+        check_pair(views, second_views or views)
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed {seed} is not between 0 and 2**63 - 1")
         if batch_size < 1 or batch_size % world_size:
@@ -87,7 +89,7 @@ class Loader:
         self._used_per_epoch = self.steps_per_epoch * self._micro_batches
         self.dataset, self.views, self.device, self.rank, self.world_size = dataset, views, device, rank, world_size
         self._batch_size, self._seed, self._num_threads = batch_size, seed, num_threads
-        self._half, self._shuffle = half, shuffle
+        self._half, self._shuffle, self._second_views = half, shuffle, second_views
         self._pipe: Pipeline | None = None
         self._failure: LoaderError | None = None
         self._runs = 0  # batches the pipeline has given, dropped ones included
@@ -130,7 +132,8 @@ class Loader:
         epoch, run = divmod(run, self._runs_per_epoch)
         step, part = divmod(run, self._micro_batches)
         position = (step * self.world_size + self.rank) * self.local_batch_size + part * self.micro_batch
-        return draw(self.views, seed=self._seed, epoch=epoch, position=position, n=self.micro_batch)
+        n = self.micro_batch
+        return draw(self.views, self._second_views, seed=self._seed, epoch=epoch, position=position, n=n)
 
     def _build(self, checkpoint: bytes | None) -> "Pipeline":
         from pipeline.graph import two_views
@@ -139,6 +142,7 @@ class Loader:
             _reader(self.dataset, self.rank, self.world_size, self._shuffle, self._seed),
             self.views,
             self._draw,
+            second=self._second_views,
             batch_size=self.micro_batch,
             device_id=self.device.index or 0 if self.device.type == "cuda" else None,
             num_threads=self._num_threads,
@@ -155,6 +159,7 @@ class Loader:
             "micro_batch": self.micro_batch,
             "world_size": self.world_size,
             "views": asdict(self.views),
+            "second_views": asdict(self._second_views) if self._second_views else None,
             "seed": self._seed,
             "shuffle": self._shuffle,
         }
@@ -174,7 +179,9 @@ class Loader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved position. Raises ValueError naming what differs from when it was saved."""
         saved, mine = state["identity"] | {"rank": state["rank"]}, self.identity | {"rank": self.rank}
-        saved["views"] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["views"].items()}
+        for name in ("views", "second_views"):
+            fields = saved.get(name)
+            saved[name] = fields and {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
         different = [f"{key}: {saved[key]} saved, {mine[key]} now" for key in mine if saved[key] != mine[key]]
         if different:
             raise ValueError("the saved position belongs to another stream of batches; " + "; ".join(different))
@@ -196,6 +203,7 @@ def build_loader(
     half: bool = False,
     shuffle: int = SHUFFLE,
     micro_batch: int = 0,
+    second_views: ViewConfig | None = None,
 ) -> Loader:
     """This rank's endless stream of two-view batches.
 
@@ -206,9 +214,23 @@ def build_loader(
     shuffle      samples in this rank's shuffle buffer; 0 reads in the order of the shards
     micro_batch  gives this rank's batch in parts of so many images, a divisor of it, with the views that the whole has;
                  the pipeline and its memory are of that size. 0 gives the whole.
+    second_views the distribution of the second view of each image, if it is not that of the first
     Raises ValueError where the data set is smaller than one batch, LoaderError where a batch cannot be read.
     """
-    return Loader(dataset, views, batch_size, device, rank, world_size, seed, num_threads, half, shuffle, micro_batch)
+    return Loader(
+        dataset,
+        views,
+        batch_size,
+        device,
+        rank,
+        world_size,
+        seed,
+        num_threads,
+        half,
+        shuffle,
+        micro_batch,
+        second_views,
+    )
 
 
 def build_eval_loader(

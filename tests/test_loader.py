@@ -370,6 +370,20 @@ def test_a_position_of_another_stream_is_refused_naming_what_differs(noises: Dat
     assert state == json.loads(json.dumps(state))  # and the caller's state is left as it was
 
 
+def test_a_position_belongs_to_both_distributions_of_views(noises: Dataset) -> None:
+    """With the same second distribution the stream goes on; with another, or none, it is refused by name."""
+    second = dataclasses.replace(TINY, flip_p=0.25)
+    loader = build(noises, second_views=second)
+    next(loader)
+    state = json.loads(json.dumps(loader.state_dict()))
+    fresh = build(noises, second_views=second)
+    fresh.load_state_dict(state)
+    assert equal(next(fresh), next(loader))
+    for other in (None, dataclasses.replace(TINY, flip_p=0.75)):
+        with pytest.raises(ValueError, match="second_views: .*0.25.* saved"):
+            build(noises, second_views=other).load_state_dict(state)
+
+
 def test_threads_precision_and_folder_are_no_part_of_a_position(noises: Dataset) -> None:
     loader = build(noises)
     next(loader)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +96,29 @@ def test_command_line_beats_file_beats_recipe(resolved: dict[str, Any], tmp_path
     assert "temperature" not in origin
 
 
+def test_the_second_view_is_the_first_with_its_own_changes(resolved: dict[str, Any], tmp_path: Path) -> None:
+    """--view and [views] change both, --second-view and [second_views] the second alone; without them it has none."""
+    file = tmp_path / "run.toml"
+    file.write_text("[views]\nflip_p = 0.25\n[second_views]\nsolarize_p = 0.2\nblur_p = 0.1\n")
+    arguments = ["cifar10", "--view", 'profile="reference"', "--second-view", "blur_p=0.5", "--config", str(file)]
+    done = CliRunner().invoke(train.app, arguments)
+    assert done.exit_code == 0, done.output
+    config, origin = resolved["config"], resolved["origin"]
+    assert config.views == replace(train.RECIPES["cifar10"].views, profile="reference", flip_p=0.25)
+    assert config.second_views == replace(config.views, solarize_p=0.2, blur_p=0.5)
+    assert (origin["second_views.solarize_p"], origin["second_views.blur_p"]) == ("file", "command line")
+    assert "second_views.blur_p=0.5 (command line)" in train.settings(config, origin)
+    CliRunner().invoke(train.app, ["cifar10", "--view", "blur_p=0.5"])
+    assert resolved["config"].second_views is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
         (["imagenett"], "unknown recipe 'imagenett'; choose one of demo, cifar10, stl10, imagenet"),
         (["cifar10", "--view", "colour=1"], "unknown view option 'colour'"),
         (["cifar10", "--view", "size"], "expected NAME=VALUE"),
+        (["cifar10", "--second-view", "colour=1"], "unknown view option 'colour'"),
         (["cifar10", "--view", "flip_p=2.0"], "flip_p: expected a probability"),
         (["cifar10", "--views", "mnist"], "unknown views 'mnist'"),
         (["cifar10", "--batch-size", "0"], "batch_size: expected at least 1, got 0"),
