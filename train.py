@@ -24,12 +24,12 @@ import signal
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
 import typer
 
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 KNN_BANK = 100_000  # samples that vote in the kNN of a running training; shards are shuffled, so the first ones serve
 EVAL_BATCH = 512
+VIEW_TABLES = ("views", "second_views")  # fields of TrainConfig and tables of a file, changed by --view, --second-view
 COMPILE_WINS: frozenset[str] = frozenset()  # device types on which benchmarks/records/step.csv has compile ahead
 
 
@@ -54,6 +55,7 @@ class TrainConfig:
     data: Annotated[str, "Folder of shards to train on; the demo makes its own."] = ""
     eval_data: Annotated[str, "Folder of labelled shards to query kNN with; `data` is the bank."] = ""
     views: ViewConfig = field(default_factory=ViewConfig)
+    second_views: ViewConfig | None = None  # of the second view of each image; None: as `views`
 
     depth: Annotated[int, "ResNet depth: 18, 34, 50, 101 or 152."] = 50
     width: Annotated[float, "Multiplies every channel: 1, 2 or 4 in the paper."] = 1.0
@@ -67,6 +69,10 @@ class TrainConfig:
     projection_dim: Annotated[int, "Columns of z."] = 128
 
     batch_size: Annotated[int, "Images per step over all processes."] = 4096
+    micro_batch: Annotated[
+        int,
+        "Images a process encodes at once; the loss is over all. 0: as many as fit a GPU, on a CPU the whole batch.",
+    ] = 0
     epochs: Annotated[int, "Passes over the data; decides the learning rate schedule."] = 100
     steps: Annotated[int, "Train this many steps instead of `epochs`; 0: not."] = 0
     temperature: Annotated[float, "Temperature of NT-Xent."] = 0.1
@@ -88,6 +94,12 @@ class TrainConfig:
 
     cpu_threads: Annotated[int, "torch's threads per process on CPUs; 0: its share of the cores."] = 0
     num_threads: Annotated[int, "DALI's threads per process; 0: its share of the cores."] = 0
+    keep_graphs: Annotated[
+        int, "Micro-batches encoded once and not twice, for their memory. 0: as many as fit a GPU, on a CPU one."
+    ] = 0
+    max_skipped: Annotated[
+        int, "End the run after so many steps in a row that were skipped because the gradient was not finite."
+    ] = 10
     log_every: Annotated[int, "Steps between log lines."] = 10
     checkpoint_every: Annotated[int, "Steps between checkpoints; the last step always makes one."] = 500
     keep: Annotated[int, "Newest checkpoints kept."] = 2
@@ -95,7 +107,7 @@ class TrainConfig:
     track: Annotated[str, "Also log to a tracker of Accelerate, such as tensorboard or wandb."] = ""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "epochs", "log_every", "checkpoint_every", "keep", "projection_dim"):
+        for name in ("batch_size", "epochs", "log_every", "checkpoint_every", "keep", "projection_dim", "max_skipped"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         for name in ("temperature", "width"):
@@ -108,8 +120,10 @@ class TrainConfig:
             "momentum",
             "weight_decay",
             "seed",
+            "micro_batch",
             "cpu_threads",
             "num_threads",
+            "keep_graphs",
             "knn_every",
         ):
             if getattr(self, name) < 0:
@@ -117,7 +131,10 @@ class TrainConfig:
 
 
 # What may change when a run resumes, because it does not touch what is computed.
-FREE = frozenset({"num_threads", "log_every", "checkpoint_every", "keep", "track", "data", "eval_data", "knn_every"})
+FREE = frozenset(
+    {"num_threads", "log_every", "checkpoint_every", "keep", "track", "data", "eval_data", "knn_every"}
+    | {"keep_graphs", "max_skipped"}
+)
 
 RECIPES: dict[str, TrainConfig] = {
     # Embedded drawings. Ours, tuned to show a plain gain within minutes on a CPU: kNN from about 23 % to about 80 %.
@@ -185,21 +202,65 @@ class Preempted(Exception):
 # ---- the step and the loop -----------------------------------------------------------------------------------------
 
 
+class Outcome(NamedTuple):
+    """What a step came to: () float32 tensors, still on their device, so that nothing waits for them."""
+
+    loss: "Tensor"  # of this process's rows
+    skipped: "Tensor"  # 1 if the gradient was not finite and nothing changed, else 0; the same on all processes
+    source: "Tensor"  # 1 if this process's own z was not finite, else 0; the loss carries that to all processes
+
+
 def train_step(
     model: "nn.Module",
     optimizer: "torch.optim.Optimizer",
-    views: "Tensor",
+    micro_batches: "Iterable[Tensor]",
     loss_of: "Callable[[Tensor], Tensor]",
     lr: float,
-) -> "Tensor":
-    """One update from views (2n, 3, S, S); returns the () loss, still on its device, so that nothing waits for it."""
-    loss = loss_of(model(views))
-    loss.backward()
+    *,
+    count: int = 1,
+    keep: int = 1,
+    offload: bool = False,
+) -> Outcome:
+    """One update from `count` micro-batches of views (2m, 3, S, S), or none if its gradient is not finite.
+
+    optimizer from `build_optimizer`; the rest as in `model.large_batch.backward`.
+    """
+    import torch
+
+    from model.large_batch import Statistics, backward
+
+    before = Statistics(model)
+    loss, z = backward(model, micro_batches, loss_of, count=count, keep=keep, offload=offload)
+    # The gradients have been averaged over the processes, so all see the same norm and decide alike.
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    skipped = ~torch.nn.utils.get_total_norm(grads).isfinite()
     for group in optimizer.param_groups:
         group["lr"] = lr
+    optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad()
-    return loss.detach()
+    before.restore(where=skipped)
+    return Outcome(loss.float(), skipped.float(), (~z.isfinite().all()).float())
+
+
+def build_optimizer(
+    name: Literal["lars", "sgd", "adamw"], groups: list[dict[str, Any]], *, lr: float, momentum: float
+) -> "torch.optim.Optimizer":
+    """An optimizer whose step changes nothing where its `found_inf`, a () tensor, is 1."""
+    import torch
+
+    from model.lars import LARS
+
+    if name == "lars":
+        return LARS(groups, lr=lr, momentum=momentum)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, fused=True)
+    sgd = torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=True)
+    if momentum:
+        for param in (param for group in sgd.param_groups for param in group["params"]):
+            # torch makes them in the first step without filling them, and leaves them so if that is skipped
+            sgd.state[param]["momentum_buffer"] = torch.zeros_like(param)
+    return sgd
 
 
 def train(
@@ -229,7 +290,8 @@ def train(
 
     from model import checkpoint
     from model.encoder import build_encoder
-    from model.lars import LARS, param_groups
+    from model.large_batch import plan
+    from model.lars import param_groups
     from model.nt_xent import nt_xent, resolve
     from model.schedule import learning_rate, scaled_lr, warmup_steps
     from model.simclr import ProjectionHead, SimCLR
@@ -269,6 +331,8 @@ def train(
     out = broadcast_object_list([out or next_free(Path("runs") / recipe)])[0]
     assert out is not None
     accelerator.project_configuration.project_dir = accelerator.project_configuration.logging_dir = str(out)
+    newest = checkpoint.latest(out / "checkpoints") if resume else None
+    saved = json.loads((newest / "state.json").read_bytes())["extra"] if newest else None
 
     # Data
     if not config.data:
@@ -293,20 +357,16 @@ def train(
     if not cuda:  # the launcher sets OMP_NUM_THREADS=1; sums depend on the number, so a resumed run must have the same
         config = replace(config, cpu_threads=config.cpu_threads or cores)
         torch.set_num_threads(config.cpu_threads)
-    loader = build_loader(
-        dataset,
-        config.views,
-        config.batch_size,
-        device,
-        rank=rank,
-        world_size=world_size,
-        seed=config.seed,
-        num_threads=num_threads,
-        half=cuda and config.precision != "no",
-    )
-    total_steps = config.steps or config.epochs * loader.steps_per_epoch
-    warmup = min(warmup_steps(config.warmup_epochs, dataset.samples, config.batch_size), total_steps)
-    peak = scaled_lr(config.base_lr, config.batch_size, config.lr_scaling)
+    if saved:
+        # Left open, the micro-batch stays what it was, however much memory there is now.
+        config = replace(config, micro_batch=config.micro_batch or saved["config"].get("micro_batch", 0))
+        changed = checkpoint.differences(saved["config"], asdict(config), FREE)
+        if len(saved["loaders"]) != world_size:
+            changed.append(f"processes: {len(saved['loaders'])} in the checkpoint, {world_size} now")
+        if changed:
+            raise RunError(
+                f"{newest} cannot go on with other settings ({'; '.join(changed)}): give the old, or a new --out"
+            )
 
     # Model
     torch.manual_seed(config.seed)
@@ -317,17 +377,39 @@ def train(
     if config.sync_bn:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     model = accelerator.prepare(network)
+    groups = param_groups(network, config.weight_decay)
+    peak = scaled_lr(config.base_lr, config.batch_size, config.lr_scaling)
+    optimizer = build_optimizer(config.optimizer, groups, lr=peak, momentum=config.momentum)
+    half = cuda and config.precision != "no"
+    whole = plan(
+        network,
+        max(1, config.batch_size // world_size),
+        torch.empty(
+            1, 3, config.views.size, config.views.size, dtype=torch.half if half else torch.float, device=device
+        ),
+        micro_batch=config.micro_batch,
+        keep=config.keep_graphs,
+        agree=lambda number: int(accelerator.gather(torch.tensor([number], device=device)).min()),
+    )
+    config = replace(config, micro_batch=whole.micro_batch)  # BatchNorm's statistics depend on it
     compiled = config.compile == "on" or (config.compile == "auto" and device.type in COMPILE_WINS)
     if compiled:  # in place, around DDP, which splits the graph at its buckets; names in state dicts stay
         model.compile(dynamic=False)
-    groups = param_groups(network, config.weight_decay)
-    optimizer: torch.optim.Optimizer
-    if config.optimizer == "lars":
-        optimizer = LARS(groups, lr=peak, momentum=config.momentum)
-    elif config.optimizer == "sgd":
-        optimizer = torch.optim.SGD(groups, lr=peak, momentum=config.momentum)
-    else:
-        optimizer = torch.optim.AdamW(groups, lr=peak)
+    loader = build_loader(
+        dataset,
+        config.views,
+        config.batch_size,
+        device,
+        rank=rank,
+        world_size=world_size,
+        seed=config.seed,
+        num_threads=num_threads,
+        half=half,
+        micro_batch=config.micro_batch,
+        second_views=config.second_views,
+    )
+    total_steps = config.steps or config.epochs * loader.steps_per_epoch
+    warmup = min(warmup_steps(config.warmup_epochs, dataset.samples, config.batch_size), total_steps)
     rows = 2 * loader.local_batch_size
     impl = resolve(config.loss, device, rows=rows, dim=head.out_features, temperature=config.temperature)
 
@@ -336,18 +418,11 @@ def train(
 
     # Start, or go on
     step = 0
-    newest = checkpoint.latest(out / "checkpoints") if resume else None
-    if newest:
-        saved = json.loads((newest / "state.json").read_bytes())["extra"]
-        changed = checkpoint.differences(saved["config"], asdict(config), FREE)
-        if len(saved["loaders"]) != world_size:
-            changed.append(f"processes: {len(saved['loaders'])} in the checkpoint, {world_size} now")
-        if changed:
-            raise RunError(
-                f"{newest} cannot go on with other settings ({'; '.join(changed)}): give the old, or a new --out"
-            )
+    in_a_row = 0  # skipped steps up to here
+    if newest and saved:
         loader.load_state_dict(saved["loaders"][rank])
         step, _ = checkpoint.load(newest, model=network, optimizer=optimizer)
+        in_a_row = saved.get("skipped_in_a_row", 0)
     if config.track:
         accelerator.init_trackers("swiftclr", config={k: str(v) for k, v in asdict(config).items()})
     log = Log(out, main, {"command": shlex.join(["train.py", *sys.argv[1:]]), **asdict(config)}, resume_at=step)
@@ -357,37 +432,50 @@ def train(
         f"  processes  {world_size} on {where}, precision {accelerator.mixed_precision}, "
         f"{'compiled' if compiled else 'eager'}, DALI threads {num_threads}\n"
         f"  data       {config.data}: {dataset.samples} samples in {len(dataset.shards)} shards\n"
-        f"  batch      {config.batch_size} images, {loader.local_batch_size} per process; "
-        f"{loader.steps_per_epoch} steps per epoch, learning rate to {peak:.4g} in {warmup} steps\n"
+        f"  batch      {config.batch_size} images, {loader.local_batch_size} per process"
+        + (f" in {whole.count} micro-batches of {whole.micro_batch}" if whole.count > 1 else "")
+        + (f", {whole.count - whole.keep} of them encoded twice" if whole.count > whole.keep else "")
+        + (", waiting on the host" if whole.offload else "")
+        + f"; {loader.steps_per_epoch} steps per epoch, learning rate to {peak:.4g} in {warmup} steps\n"
         f"  loss       {impl[0]}: {impl[1]}\n"
         f"  settings   {settings(config, origin or {})}"
     )
-    pending: list[tuple[int, Tensor, float]] = []
+    pending: list[tuple[int, Outcome, float]] = []
     clock = Clock(step)
 
     def flush() -> None:
         """Write what has happened since the last flush; the one place where the host waits for the device."""
-        losses = accelerator.reduce(torch.stack([loss for _, loss, _ in pending]), "mean").tolist()
-        rows = [{"step": at, "loss": loss, "lr": lr} for (at, _, lr), loss in zip(pending, losses, strict=True)]
+        nonlocal in_a_row
+        outcomes = torch.stack([torch.stack(outcome) for _, outcome, _ in pending])
+        table = accelerator.gather(outcomes[None]).cpu()  # (processes, steps, Outcome)
+        rows: list[dict[str, Any]] = []
+        for (at, _, lr), loss, skipped in zip(pending, table[..., 0].mean(0).tolist(), table[0, :, 1], strict=True):
+            rows.append({"step": at, "loss": loss if math.isfinite(loss) else None, "lr": lr})
+            in_a_row = in_a_row + 1 if skipped else 0
+            if skipped:
+                rows[-1]["skipped"] = in_a_row
         pending.clear()
         log.metrics(rows)
-        broken = [row["step"] for row in rows if not math.isfinite(row["loss"])]
-        if broken:
+        if broken := [row["step"] for row in rows if row.get("skipped", 0) >= config.max_skipped]:
+            ranks = table[..., 2].any(1).nonzero().flatten().tolist()
+            where = f"rank {', '.join(map(str, ranks))}" if ranks else "no rank, so the loss or its gradient overflowed"
             raise FloatingPointError(
-                f"the loss is not finite at step {broken[0]}. No checkpoint holds it: lower --base-lr or raise "
-                f"--temperature, and start anew; an older checkpoint in {out / 'checkpoints'} is whole"
+                f"{config.max_skipped} steps in a row, up to step {broken[0]}, had a gradient that is not finite and "
+                f"were skipped; z was not finite on {where}. The weights and checkpoints are whole: look at the images "
+                f"of these steps, or lower --base-lr or raise --temperature and start anew"
             )
         speed = clock.lap(step, config.batch_size, loader.wait_s, device)
         loader.wait_s = 0.0
         log.speed(speed)
         eta = timedelta(seconds=round((total_steps - step) * config.batch_size / speed["images_per_s"]))
         accelerator.print(
-            f"step {step}/{total_steps} {100 * step // total_steps}% | loss {losses[-1]:.3f} | "
-            f"img/s {speed['images_per_s']:.0f} | data_wait {speed['data_wait_percent']:.1f}% | "
+            f"step {step}/{total_steps} {100 * step // total_steps}% | loss {loss:.3f} | "
+            + (f"skipped {skips} | " if (skips := sum("skipped" in row for row in rows)) else "")
+            + f"img/s {speed['images_per_s']:.0f} | data_wait {speed['data_wait_percent']:.1f}% | "
             f"mem {speed['peak_mib'] / 1024:.1f} GiB | lr {rows[-1]['lr']:.3g} | eta {eta}",
         )
         if config.track:
-            accelerator.log({"loss": losses[-1], "lr": rows[-1]["lr"], **speed}, step=step)
+            accelerator.log({"loss": loss, "lr": rows[-1]["lr"], **speed}, step=step)
 
     def evaluate() -> None:
         assert queries is not None
@@ -400,7 +488,7 @@ def train(
     def save() -> None:
         loaders = gather_object([loader.state_dict()])
         if main:
-            extra = {"config": asdict(config), "recipe": recipe, "loaders": loaders}
+            extra = {"config": asdict(config), "recipe": recipe, "loaders": loaders, "skipped_in_a_row": in_a_row}
             folder = out / "checkpoints"
             try:
                 checkpoint.save(folder, step, model=network, optimizer=optimizer, extra=extra, keep=config.keep)
@@ -408,18 +496,31 @@ def train(
                 raise FloatingPointError(f"{error}. Lower --base-lr, and start anew") from error
         log.status("running", step)
 
+    def micro_batches() -> Iterator[Tensor]:
+        for i in range(whole.count):
+            views = next(loader).views
+            if step == i == 0 and main:
+                save_grid(views, config.views, out / "views.png")
+            yield views
+
     with log.outcome(lambda: step):
         if queries and step == 0:
             evaluate()
         clock.start()
         while step < total_steps:
-            batch = next(loader)
-            if step == 0 and main:
-                save_grid(batch.views, config.views, out / "views.png")
             lr = learning_rate(step, peak=peak, total_steps=total_steps, warmup_steps=warmup)
-            loss = train_step(model, optimizer, batch.views, loss_of, lr)
+            outcome = train_step(
+                model,
+                optimizer,
+                micro_batches(),
+                loss_of,
+                lr,
+                count=whole.count,
+                keep=whole.keep,
+                offload=whole.offload,
+            )
             step += 1
-            pending.append((step, loss, lr))
+            pending.append((step, outcome, lr))
 
             last = step == total_steps
             logging = last or step % config.log_every == 0
@@ -649,7 +750,8 @@ def next_free(path: Path) -> Path:
 def settings(config: TrainConfig, origin: Mapping[str, str]) -> str:
     """The configuration in one line; values that do not come from the recipe say where from."""
     flat = asdict(config)
-    flat |= {f"views.{name}": value for name, value in flat.pop("views").items()}
+    for views in ("views", "second_views"):
+        flat |= {f"{views}.{name}": value for name, value in (flat.pop(views) or {}).items()}
     return ", ".join(f"{k}={v}" + (f" ({origin[k]})" if k in origin else "") for k, v in flat.items() if v != "")
 
 
@@ -657,18 +759,18 @@ def settings(config: TrainConfig, origin: Mapping[str, str]) -> str:
 
 
 def _read_config_file(ctx: typer.Context, path: Path | None) -> Path | None:
-    """Make a TOML file's values the defaults of the options; its [views] table goes to `ctx.obj`."""
+    """Make a TOML file's values the defaults of the options; its two tables of views go to `ctx.obj`."""
     if path is None:
         return None
     try:
         values = tomllib.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise typer.BadParameter(f"{path} cannot be read: {error}") from error
-    ctx.obj = values.pop("views", {})
-    known = {f.name for f in fields(TrainConfig)} - {"views"}
+    ctx.obj = {name: values.pop(name, {}) for name in VIEW_TABLES}
+    known = {f.name for f in fields(TrainConfig)} - set(VIEW_TABLES)
     if unknown := sorted(values.keys() - known):
         raise typer.BadParameter(
-            f"{path}: unknown key {', '.join(unknown)}; known: {', '.join(sorted(known))}, [views]"
+            f"{path}: unknown key {', '.join(unknown)}; known: {', '.join(sorted(known))}, [views], [second_views]"
         )
     ctx.default_map = values
     return path
@@ -681,10 +783,13 @@ def _command(
     resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in --out, if there is one.")] = False,
     config: Annotated[  # noqa: ARG001  its callback has done the work
         Path | None,
-        typer.Option(help="TOML file of options and a \\[views] table.", is_eager=True, callback=_read_config_file),
+        typer.Option(help="TOML file of options and \\[views] tables.", is_eager=True, callback=_read_config_file),
     ] = None,
     views: Annotated[str | None, typer.Option(help=f"Views other than the recipe's: {', '.join(VIEWS)}.")] = None,
     view: Annotated[list[str] | None, typer.Option(help="Change one view option, such as size=96. Repeatable.")] = None,
+    second_view: Annotated[
+        list[str] | None, typer.Option(help="Change one option of each image's second view alone. Repeatable.")
+    ] = None,
     **options: Any,
 ) -> None:
     """Train an encoder with SimCLR. A recipe gives every value; a file and then options change them."""
@@ -699,15 +804,17 @@ def _command(
             source = ctx.get_parameter_source(name)
             if source is not None and options[name] is not None:
                 origin[name] = "file" if source.name == "DEFAULT_MAP" else "command line"
-        changes = dict(ctx.obj or {})
-        preset = views or changes.pop("preset", None)
-        origin |= {f"views.{name}": "file" for name in changes}
-        given = parse_changes(view or [])
-        changes |= given
-        origin |= {f"views.{name}": "command line" for name in given}
-        made = make_views(preset, changes) if preset else make_views(base.views, changes)
+        tables = ctx.obj or {name: {} for name in VIEW_TABLES}
+        preset = views or tables["views"].pop("preset", None)
+        for name, texts in zip(VIEW_TABLES, (view, second_view), strict=True):
+            given = parse_changes(texts or [])
+            origin |= {f"{name}.{key}": "file" for key in tables[name]}
+            origin |= {f"{name}.{key}": "command line" for key in given}
+            tables[name] = tables[name] | given
+        made = make_views(preset or base.views, tables["views"])
+        second = make_views(made, tables["second_views"]) if tables["second_views"] else None
         chosen = {name: value for name, value in options.items() if value is not None}
-        resolved = replace(base, views=made, **chosen)
+        resolved = replace(base, views=made, second_views=second, **chosen)
         record(train)(resolved, recipe=recipe, out=out, resume=resume, origin=origin)
     except Preempted as error:
         typer.echo(f"{rank}{error}", err=True)
@@ -729,7 +836,7 @@ def build_command() -> Callable[..., None]:
     params = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     params = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in params]
     for each in fields(TrainConfig):
-        if each.name != "views":
+        if each.name not in VIEW_TABLES:
             kind, text = get_args(hints[each.name])
             option: Any = Annotated[kind | None, typer.Option(help=text)]  # type: ignore[valid-type]
             params.append(inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option))

@@ -4,6 +4,8 @@ environment() -> dict                       where: processor, GPU, driver, versi
 time_interleaved({name: f}) -> {name: ms}   all contestants in turn, so that a busy machine slows all alike
 peak_extra_mib(f) -> float                  most memory in use during f() above what was in use before
 count_kernels(f) -> int                     kernels that f() launches on a GPU, by the profiler
+held_mib() -> float                         memory in use now: of the GPU where there is one, else of this process
+cpu_seconds() -> float                      processor time of this process and of its workers, so far
 append(record, rows)                        rows are added to a CSV, never edited
 """
 
@@ -14,6 +16,7 @@ import ctypes
 import datetime
 import gc
 import itertools
+import multiprocessing
 import os
 import platform
 import statistics
@@ -135,6 +138,24 @@ def count_kernels(run: Callable[[], object]) -> int:
         torch.cuda.synchronize()
     names = [event.name for event in seen.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     return sum(not name.startswith(("Memcpy", "Memset")) for name in names)
+
+
+def held_mib() -> float:
+    """MiB in use: of the GPU by all processes, DALI's share included; without a GPU those resident of this process."""
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        return (total - free) / 2**20
+    return _resident_mib("VmRSS")
+
+
+def cpu_seconds() -> float:
+    """Processor time of this process, all its threads, and of the workers it started by multiprocessing (Linux only).
+
+    It depends on what else the machine does far less than time on the clock.
+    """
+    workers = (worker.pid for worker in multiprocessing.active_children())
+    clocks = (~pid << 3 | 2 for pid in workers if pid)  # what clock_getcpuclockid(3) returns, which Python lacks
+    return time.process_time() + sum(map(time.clock_gettime, clocks))
 
 
 def append(record: Path | str, rows: Sequence[Mapping[str, object]]) -> None:

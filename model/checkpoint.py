@@ -24,9 +24,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from model.encoder import LAYERS, Encoder, build_encoder
+from model.names import Names, from_torchvision, to_torchvision
+from model.simclr import NUM_LAYERS, ProjectionHead
 
 FORMAT = 1
 MAX_HEADER_BYTES = 1 << 20  # ResNet-152 under AdamW needs 0.2 MB; it also bounds the tensors, to some 20,000
+NOT_PICKLES = (
+    "A .ckpt or .pth can run code and is not read here: if you trust it, load it with torch (weights_only=True) and "
+    "give its state_dict, every tensor contiguous, to safetensors.torch.save_file"
+)
 METADATA_KEY = "swiftclr"  # exactly one: safetensors writes several in random order, and no two files are equal
 
 
@@ -63,7 +69,7 @@ def save(
 
     with _staged(folder, final.name) as partial:
         for name, part in files.items():
-            _write_tensors(partial / name, part)
+            write_tensors(partial / name, part)
         state = {
             "format": FORMAT,
             "step": step,
@@ -167,21 +173,25 @@ def export_encoder(
     interpolation: str = "bicubic",
     crop_pct: float = 0.875,
     training: Mapping[str, Any],
+    file: str = "encoder.safetensors",
+    dtype: torch.dtype = torch.float32,
+    names: Names = "torchvision",
 ) -> Path:
-    """Write `folder/encoder.safetensors`, and `folder/config.json` if timm has the architecture; returns the former.
+    """Write `folder/{file}`, and `folder/config.json` if timm has the architecture; returns the former.
 
-    encoder       from build_encoder(), unwrapped; stored as contiguous float32 under torchvision's names without fc.
+    encoder       from build_encoder(), unwrapped; stored contiguous, as `dtype`, under torchvision's names without fc.
     image_size    side in px that it was trained at; mean, std, interpolation and crop_pct (the share of the resized
                   side kept by the centre crop) say how an image is prepared for it.
     training      recipe, data, scores: JSON that joins these facts and the architecture's in the metadata.
+    names         whose key names to use; timm can load its own and torchvision's, so others get no config.json.
     torchvision's resnetNN takes the file (strict=False, for fc is missing) and timm the folder ("local-dir:FOLDER").
     Neither can build another width, selective kernels or the small stem, so those get no config.json, and `loads_in`
     in the metadata says what takes them. Raises ValueError for weights that are not finite.
     """
     folder, name = Path(folder), f"resnet{encoder.depth}"
-    weights = {k: t.float() if t.is_floating_point() else t for k, t in encoder.state_dict().items()}
+    weights = {k: t.to(dtype) if t.is_floating_point() else t for k, t in encoder.state_dict().items()}
     if bad := _first_not_finite(weights):
-        raise ValueError(f"{bad} is not finite: no encoder written")
+        raise ValueError(f"{bad} is not finite as {dtype}: no encoder written")
     loads_in = f"torchvision and timm {name}"
     if encoder.selective_kernel:
         loads_in = "SwiftCLR's load_encoder: torchvision and timm have no such selective kernels"
@@ -189,6 +199,9 @@ def export_encoder(
         loads_in = "SwiftCLR's load_encoder: torchvision and timm have no ResNet of this width"
     elif encoder.stem == "small":
         loads_in += " once conv1 = Conv2d(3, 64, 3, 1, 1, bias=False) and maxpool = Identity()"
+    if names in ("lightly", "solo-learn"):
+        loads_in = f"{names}, as the backbone of its models, and SwiftCLR's load_encoder"
+    weights = {from_torchvision(key, names): tensor for key, tensor in weights.items()}
     view = dict(mean=list(mean), std=list(std), interpolation=interpolation, crop_pct=crop_pct)
     shape = dict(depth=encoder.depth, width=encoder.width, stem=encoder.stem, num_features=encoder.num_features)
     shape |= {"selective_kernel": True} if encoder.selective_kernel else {}
@@ -197,6 +210,7 @@ def export_encoder(
         **shape,
         "image_size": image_size,
         **view,
+        "names": names,
         "loads_in": loads_in,
         "training": dict(training),
     }
@@ -212,35 +226,75 @@ def export_encoder(
         },
     }
     with _staged(folder, "encoder") as partial:
-        _write_tensors(partial / "encoder.safetensors", weights, {METADATA_KEY: json.dumps(facts, sort_keys=True)})
-        if encoder.width == 1 and encoder.stem == "standard" and not encoder.selective_kernel:
+        write_tensors(partial / file, weights, {METADATA_KEY: json.dumps(facts, sort_keys=True)})
+        theirs = encoder.width == 1 and encoder.stem == "standard" and not encoder.selective_kernel
+        if theirs and names in ("torchvision", "timm"):
             _write_json(partial / "config.json", timm)
             os.replace(partial / "config.json", folder / "config.json")
-        os.replace(partial / "encoder.safetensors", folder / "encoder.safetensors")
-    return folder / "encoder.safetensors"
+        os.replace(partial / file, folder / file)
+    return folder / file
+
+
+def weights_file(path: str | Path) -> Path:
+    """The safetensors file meant by `path`: a file, an exported folder, a checkpoint, or a run. Raises ValueError."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; expected a run, its encoder folder, a checkpoint or a .safetensors")
+    for name in ("encoder.safetensors", "model.safetensors", "encoder/encoder.safetensors"):
+        if (path / name).is_file():
+            return path / name
+    raise ValueError(f"{path} holds no encoder: neither encoder.safetensors nor model.safetensors is there")
 
 
 def load_encoder(path: str | Path) -> Encoder:
-    """The encoder of a file, or of a folder holding encoder.safetensors, on the CPU and in evaluation mode.
+    """The encoder of a file, or of a folder that `weights_file` understands, on the CPU and in evaluation mode.
 
-    Architecture from our metadata; a ResNet file without them, under torchvision's names, is known by its shapes, and
-    its fc is left out. Raises ValueError saying what is wrong with the file, also with one made to harm: no encoder is
-    allocated before the header is known to be small and every key, shape and type to be the architecture's.
+    Architecture from our metadata; a ResNet file without them is known by its shapes, under any names that model/names
+    knows; fc, heads and whatever surrounds the encoder are left out, half precision becomes float32. Raises ValueError
+    saying what is wrong with the file, also with one made to harm: no encoder is allocated before the header is known
+    to be small and every key, shape and type to be the architecture's.
     """
-    path = Path(path)
-    path = path / "encoder.safetensors" if path.is_dir() else path
-    facts = read_metadata(path) or _facts_from_shapes(path)
+    path = weights_file(path)
+    told = read_metadata(path)
+    facts = told or _facts_from_shapes(path)
     try:
         with torch.device("meta"):
             kernels = facts.get("selective_kernel", False)  # files from before the option have none
             encoder = build_encoder(facts["depth"], width=facts["width"], stem=facts["stem"], selective_kernel=kernels)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: its metadata describe no encoder: {error!r}") from error
-    weights = _read_tensors(path, encoder.state_dict(), ignored={"fc.weight", "fc.bias"})
+    expected = encoder.state_dict()
+    names = {from_torchvision(key, told.get("names", "torchvision")): key for key in expected} if told else None
+    weights = _read_tensors(path, expected, names=names or _names_in(path), strict=told is not None, cast=True)
     if bad := _first_not_finite(weights):
         raise ValueError(f"{path}: {bad} is not finite")
     encoder.to_empty(device="cpu").load_state_dict(weights)
     return encoder.eval()
+
+
+def load_head(path: str | Path) -> ProjectionHead:
+    """The projection head of a checkpoint, or of a head alone (`save_head`), on the CPU and in evaluation mode.
+
+    Its kind is known by its shapes. Raises ValueError if the file holds no head of ours.
+    """
+    path = weights_file(path)
+    with _open(path) as file:
+        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+    names = {key: key.removeprefix("head.") for key in shapes if re.fullmatch(r"(head\.)?\d+\.\w+", key)}
+    dense = [shape for key, shape in sorted(shapes.items()) if key in names and len(shape) == 2]
+    kinds = [kind for kind, layers in NUM_LAYERS.items() if layers and layers == len(dense)]
+    if not kinds:
+        raise ValueError(f"{path} holds no projection head of 1 to 3 layers under the names head.0.weight ...")
+    head = ProjectionHead(dense[0][1], kind=kinds[0], out_features=dense[-1][0])  # type: ignore[arg-type]
+    head.load_state_dict(_read_tensors(path, head.state_dict(), names=names, strict=False, cast=True))
+    return head.eval()
+
+
+def save_head(path: str | Path, head: ProjectionHead) -> None:
+    """Write a head alone, under the names of its layers: 0.weight, 1.weight, 1.running_mean, ..."""
+    write_tensors(Path(path), head.state_dict())
 
 
 def read_metadata(path: str | Path) -> dict[str, Any] | None:
@@ -258,16 +312,32 @@ def read_metadata(path: str | Path) -> dict[str, Any] | None:
     return facts
 
 
-def _facts_from_shapes(path: Path) -> dict[str, Any]:
+def _names_in(path: Path) -> dict[str, str]:
     with _open(path) as file:
-        keys = set(file.keys())
-        conv1 = file.get_slice("conv1.weight").get_shape() if "conv1.weight" in keys else []
-    layers = tuple(len({k.split(".")[1] for k in keys if k.startswith(f"layer{i}.")}) for i in (1, 2, 3, 4))
-    bottleneck = "layer1.0.conv3.weight" in keys
+        keys = list(file.keys())
+    try:
+        return to_torchvision(keys)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _facts_from_shapes(path: Path) -> dict[str, Any]:
+    names = {ours: theirs for theirs, ours in _names_in(path).items()}
+    with _open(path) as file:
+        shape = {
+            ours: file.get_slice(names[ours]).get_shape() for ours in ("conv1.weight", "bn1.weight") if ours in names
+        }
+    layers = tuple(len({k.split(".")[1] for k in names if k.startswith(f"layer{i}.")}) for i in (1, 2, 3, 4))
+    bottleneck = "layer1.0.conv3.weight" in names
     depths = [depth for depth, blocks in LAYERS.items() if blocks == layers and (depth >= 50) == bottleneck]
-    if not depths or len(conv1) != 4:
-        raise ValueError(f"{path} is no ResNet under torchvision's names: blocks {layers}, conv1 {conv1}")
-    return {"depth": depths[0], "width": conv1[0] / 64, "stem": "small" if conv1[2] == 3 else "standard"}
+    if not depths or len(shape.get("bn1.weight", [])) != 1:
+        raise ValueError(f"{path} is no ResNet of ours: blocks {layers}, stem {shape}")
+    return {
+        "depth": depths[0],
+        "width": shape["bn1.weight"][0] / 64,
+        "stem": "small" if shape.get("conv1.weight", [])[2:] == [3, 3] else "standard",
+        "selective_kernel": "layer1.0.conv2.split.0.weight" in names,
+    }
 
 
 def _published(folder: Path) -> list[tuple[int, Path]]:
@@ -305,7 +375,8 @@ def _staged(folder: Path, name: str) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """One safetensors file, flushed to the disk. Raises OSError."""
     path.touch()
     mode = path.stat().st_mode  # what the umask grants; safetensors leaves 0600
     # copies, contiguous: safetensors refuses channels_last and tensors that share memory (one lr in two groups)
@@ -342,24 +413,36 @@ def _open(path: Path) -> Any:
     with open(path, "rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
     if header_bytes > MAX_HEADER_BYTES:
-        raise ValueError(f"{path} claims a header of {header_bytes} bytes, more than {MAX_HEADER_BYTES}")
+        raise ValueError(f"{path} claims a header of {header_bytes} bytes, more than {MAX_HEADER_BYTES}. {NOT_PICKLES}")
     try:
         return safe_open(path, "pt")
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+        raise ValueError(f"{path} is not a safetensors file: {error}. {NOT_PICKLES}") from error
 
 
 def _read_tensors(
-    path: Path, expected: Mapping[str, Tensor] | None = None, ignored: Collection[str] = ()
+    path: Path,
+    expected: Mapping[str, Tensor] | None = None,
+    *,
+    names: Mapping[str, str] | None = None,
+    strict: bool = True,
+    cast: bool = False,
 ) -> dict[str, Tensor]:
-    """All tensors but the ignored; with `expected`, only if keys, shapes and types are exactly those."""
+    """All tensors, renamed by `names`; with `expected`, only if keys, shapes and types are exactly those.
+
+    strict False passes over what is not in `names`; cast takes a half-precision tensor for the expected float32.
+    """
+    names = names or {}
     with _open(path) as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys() if key not in ignored}  # noqa: SIM118
+        keys = [key for key in file.keys() if strict or key in names]  # noqa: SIM118
+        tensors = {names.get(key, key): file.get_tensor(key) for key in keys}
     if expected is not None:
         for key in sorted(tensors.keys() ^ expected.keys()):
             raise ValueError(f"{path}: key {key!r} is {'unexpected' if key in tensors else 'missing'}")
         for key, want in expected.items():
             found = tensors[key]
+            if cast and found.dtype in (torch.float16, torch.bfloat16) and want.dtype == torch.float32:
+                found = tensors[key] = found.float()
             if (found.dtype, found.shape) != (want.dtype, want.shape):
                 raise ValueError(
                     f"{path}: {key} is {found.dtype} {tuple(found.shape)}, expected {want.dtype} {tuple(want.shape)}"

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from pipeline.shards import Dataset
-from pipeline.views import Draws, ViewConfig, draw
+from pipeline.views import Draws, ViewConfig, check_pair, draw
 
 if TYPE_CHECKING:
     from nvidia.dali.pipeline import Pipeline
@@ -67,8 +67,11 @@ class Loader:
         num_threads: int,
         half: bool,
         shuffle: int,
+        micro_batch: int,
+        second_views: ViewConfig | None,
         hw_decoder_load: float,
     ) -> None:
+        check_pair(views, second_views or views)
         if not 0 <= hw_decoder_load <= 1:
             raise ValueError(f"hw_decoder_load {hw_decoder_load} is not between 0 and 1")
         if not 0 <= seed < 2**63:
@@ -83,11 +86,21 @@ class Loader:
                 f"{dataset.address} has {dataset.samples} samples, fewer than one batch of {batch_size} over "
                 f"{world_size} rank(s) ({per_rank} per rank, {self.local_batch_size} needed); lower the batch size"
             )
-        # The reader pads each rank's part to whole batches; what is beyond steps_per_epoch is read and dropped.
-        self._runs_per_epoch = math.ceil(math.ceil(dataset.samples / world_size) / self.local_batch_size)
+        self.micro_batch = micro_batch or self.local_batch_size
+        self._micro_batches, rest = divmod(self.local_batch_size, self.micro_batch)
+        if rest:
+            near = sorted(_divisors(self.local_batch_size), key=lambda divisor: abs(divisor - micro_batch))[:3]
+            raise ValueError(
+                f"micro_batch {micro_batch} does not divide the {self.local_batch_size} images of a rank's batch; near "
+                f"are {', '.join(map(str, sorted(near)))}"
+            )
+        # The reader pads each rank's part to whole runs; what is beyond the last whole batch is read and dropped.
+        self._runs_per_epoch = math.ceil(math.ceil(dataset.samples / world_size) / self.micro_batch)
+        self._used_per_epoch = self.steps_per_epoch * self._micro_batches
         self.dataset, self.views, self.device, self.rank, self.world_size = dataset, views, device, rank, world_size
         self._batch_size, self._seed, self._num_threads = batch_size, seed, num_threads
-        self._half, self._shuffle, self._hw_decoder_load = half, shuffle, hw_decoder_load
+        self._half, self._shuffle, self._second_views = half, shuffle, second_views
+        self._hw_decoder_load = hw_decoder_load
         self._pipe: Pipeline | None = None
         self._failure: LoaderError | None = None
         self._runs = 0  # batches the pipeline has given, dropped ones included
@@ -102,27 +115,27 @@ class Loader:
             raise self._failure
         if self._pipe is None:
             self._pipe = self._build(None)
-        if self._runs % self._runs_per_epoch == self.steps_per_epoch:
+        if self._runs % self._runs_per_epoch == self._used_per_epoch:
             self._skip_to_next_epoch(self._pipe)
-        epoch, step = divmod(self._runs, self._runs_per_epoch)
+        epoch, run = divmod(self._runs, self._runs_per_epoch)
         (first, second), labels = self._run(self._pipe)
         views = torch.cat([first, second])
         self.wait_s += time.perf_counter() - start
-        return Batch(views.permute(0, 3, 1, 2), labels, epoch, step * self._batch_size)
+        return Batch(views.permute(0, 3, 1, 2), labels, epoch, run // self._micro_batches * self._batch_size)
 
     def _skip_to_next_epoch(self, pipe: "Pipeline") -> None:
         while self._runs % self._runs_per_epoch:
             self._run(pipe)
 
     def _run(self, pipe: "Pipeline") -> tuple[list[Tensor], Tensor | None]:
-        epoch, step = divmod(self._runs, self._runs_per_epoch)
+        epoch, run = divmod(self._runs, self._runs_per_epoch)
         try:
             outputs = _outputs(
                 pipe,
                 self._reader,
                 self.dataset,
                 self.device,
-                f"rank {self.rank} could not read batch {step} of epoch {epoch}",
+                f"rank {self.rank} could not read batch {run // self._micro_batches} of epoch {epoch}",
             )
         except LoaderError as error:
             self._failure = error  # DALI would go on with the next batch, and this rank out of step with the others
@@ -131,9 +144,11 @@ class Loader:
         return outputs
 
     def _draw(self, run: int) -> tuple[Draws, Draws]:
-        epoch, step = divmod(run, self._runs_per_epoch)
-        position = (step * self.world_size + self.rank) * self.local_batch_size
-        return draw(self.views, seed=self._seed, epoch=epoch, position=position, n=self.local_batch_size)
+        epoch, run = divmod(run, self._runs_per_epoch)
+        step, part = divmod(run, self._micro_batches)
+        position = (step * self.world_size + self.rank) * self.local_batch_size + part * self.micro_batch
+        n = self.micro_batch
+        return draw(self.views, self._second_views, seed=self._seed, epoch=epoch, position=position, n=n)
 
     def _build(self, checkpoint: bytes | None) -> "Pipeline":
         from pipeline.graph import two_views
@@ -142,7 +157,8 @@ class Loader:
             self._reader,
             self.views,
             self._draw,
-            batch_size=self.local_batch_size,
+            second=self._second_views,
+            batch_size=self.micro_batch,
             device_id=self.device.index or 0 if self.device.type == "cuda" else None,
             num_threads=self._num_threads,
             half=self._half,
@@ -160,8 +176,10 @@ class Loader:
         return {
             "dataset": self.dataset.fingerprint,
             "batch_size": self._batch_size,
+            "micro_batch": self.micro_batch,
             "world_size": self.world_size,
             "views": asdict(self.views),
+            "second_views": asdict(self._second_views) if self._second_views else None,
             "seed": self._seed,
             "shuffle": self._shuffle,
         }
@@ -181,7 +199,9 @@ class Loader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved position. Raises ValueError naming what differs from when it was saved."""
         saved, mine = state["identity"] | {"rank": state["rank"]}, self.identity | {"rank": self.rank}
-        saved["views"] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["views"].items()}
+        for name in ("views", "second_views"):
+            fields = saved.get(name)
+            saved[name] = fields and {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
         different = [f"{key}: {saved[key]} saved, {mine[key]} now" for key in mine if saved[key] != mine[key]]
         if different:
             raise ValueError("the saved position belongs to another stream of batches; " + "; ".join(different))
@@ -202,6 +222,8 @@ def build_loader(
     num_threads: int = 4,
     half: bool = False,
     shuffle: int = SHUFFLE,
+    micro_batch: int = 0,
+    second_views: ViewConfig | None = None,
     hw_decoder_load: float = 0.65,
 ) -> Loader:
     """This rank's endless stream of two-view batches.
@@ -211,11 +233,26 @@ def build_loader(
     num_threads  DALI's CPU threads for this rank
     half         float16 views instead of float32
     shuffle      samples in this rank's shuffle buffer; 0 reads in the order of the shards
+    micro_batch  gives this rank's batch in parts of so many images, a divisor of it, with the views that the whole has;
+                 the pipeline and its memory are of that size. 0 gives the whole.
+    second_views the distribution of the second view of each image, if it is not that of the first
     hw_decoder_load  share of a batch's JPEGs that the GPU's hardware decoder takes, where it has one (A100, H100)
     Raises ValueError where the data set is smaller than one batch, LoaderError where a batch cannot be read.
     """
     return Loader(
-        dataset, views, batch_size, device, rank, world_size, seed, num_threads, half, shuffle, hw_decoder_load
+        dataset,
+        views,
+        batch_size,
+        device,
+        rank,
+        world_size,
+        seed,
+        num_threads,
+        half,
+        shuffle,
+        micro_batch,
+        second_views,
+        hw_decoder_load,
     )
 
 
@@ -339,6 +376,10 @@ def _allow_open_files(shards: int) -> None:
         )
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
 def _parse_labels(digits: Any) -> Tensor:

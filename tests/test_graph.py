@@ -5,7 +5,10 @@ unrounded oracle that leaves half a level each time, the first one multiplied by
 be off by (|A| + |B|) / 2 + 1/2 + 1/2 levels, with |.| the largest absolute row sum; `allowed` adds 0.1 for float32.
 """
 
+import colorsys
 import io
+import math
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from PIL import Image
 
 from pipeline.graph import Reader, plain_view, two_views
 from pipeline.shards import Dataset, Sample
-from pipeline.views import ATTEMPTS, VIEWS, Draws, ViewConfig, draw, make_views
+from pipeline.views import ATTEMPTS, OPERATIONS, VIEWS, Draws, ViewConfig, draw, make_views
 from pipeline.write import write_shards
 from tests.oracles import views as oracle
 
@@ -68,17 +71,41 @@ def views(
     return np.array(first.as_array())[back], np.array(second.as_array())[back]
 
 
+def copies(folder: Path, image: Bytes, config: ViewConfig, *, seed: int, num: int) -> list[NDArray[Any]]:
+    """Both views of one image, made `num` times in batches of 250: the reader fills a batch with its last sample."""
+    data, each = shard(Path(tempfile.mkdtemp(dir=folder)), [encode(image)]), 250
+
+    def drawn(batch: int) -> tuple[Draws, Draws]:
+        return draw(config, seed=seed, epoch=0, position=batch * each, n=each)
+
+    graph = two_views(reader(data), config, drawn, batch_size=each, device_id=None, num_threads=2)
+    batches = [[np.array(out.as_array()) for out in graph.run()[:2]] for _ in range(num // each)]
+    return [np.concatenate(view) for view in zip(*batches, strict=True)]
+
+
 def plain(num: int, **changes: Any) -> Draws:
     """Draws that leave the whole image as it is, except for `changes`."""
     fields: dict[str, Any] = {
         "width": np.ones((num, ATTEMPTS), np.float32),
         "height": np.ones((num, ATTEMPTS), np.float32),
+        "ratio": np.ones((num, ATTEMPTS), np.float32),
+        "share": np.full((num, ATTEMPTS), 1 - 2**-20, np.float32),
         "offset": np.zeros((num, 2), np.float32),
         "colour": np.tile(np.eye(3, dtype=np.float32), (num, 1, 1)),
         "mean_colour": np.zeros((num, 3, 3), np.float32),
         "sigma": np.ones(num, np.float32),
         "window": np.ones(num, np.int32),
         "mirror": np.zeros(num, np.int32),
+        "order": np.full((num, 4), len(OPERATIONS), np.int32),
+        "factors": np.tile(np.float32([1, 1, 1, 0]), (num, 1)),
+        "gray": np.zeros(num, np.int32),
+        "angle": np.zeros(num, np.float32),
+        "threshold": np.full(num, 256, np.float32),
+        "sobel": np.zeros(num, np.int32),
+        "noise": np.zeros(num, np.float32),
+        "noise_offset": np.zeros((num, 2), np.int32),
+        "hole_start": np.zeros((num, 2), np.float32),
+        "hole_shape": np.zeros((num, 2), np.float32),
     }
     assert changes.keys() <= fields.keys()
     return Draws(**{name: np.asarray(changes.get(name, value), value.dtype) for name, value in fields.items()})
@@ -96,6 +123,18 @@ def expected(image: Bytes, config: ViewConfig, draws: Draws, i: int) -> NDArray[
         view = (view @ draws.colour[i].T.astype(float) + mean).clip(0, 255)
     if config.blur_p and draws.window[i] > 1:
         view = oracle.blur(view, float(draws.sigma[i]), int(draws.window[i]))
+    return view[:, ::-1] if draws.mirror[i] else view
+
+
+def expected_reference(image: Bytes, config: ViewConfig, draws: Draws, i: int) -> NDArray[np.float64]:
+    """View i by the authors' code in float64; the resize sees the pixels beside the crop, which theirs does not."""
+    height, width, _ = image.shape
+    offset = draws.offset[i].astype(float)
+    box = oracle.authors_crop(height, width, draws.ratio[i].tolist(), draws.share[i].tolist(), offset)
+    view = oracle.resize(image.astype(float), box, (config.size, config.size), "cubic", antialias=False)
+    view = oracle.authors_colour(view, draws.factors[i], draws.order[i], bool(draws.gray[i]))
+    if draws.window[i] > 1:
+        view = oracle.blur(view, float(draws.sigma[i]), config.max_window, "constant")
     return view[:, ::-1] if draws.mirror[i] else view
 
 
@@ -149,6 +188,29 @@ def test_views_equal_the_oracle(tmp_path: Path, preset: str, images: Any) -> Non
         for i, image in enumerate(pictures):
             worst = np.abs(got[i] - expected(image, config, draws, i)).max()
             assert worst <= allowed(config, draws, i), f"image {i} {image.shape}: {worst:.2f} levels off"
+
+
+@pytest.mark.parametrize(("preset", "images"), [("stl10", photos), ("cifar", extremes)])
+def test_reference_views_equal_the_authors_operations_one_by_one(tmp_path: Path, preset: str, images: Any) -> None:
+    """Crop in whole pixels, the operations in the order drawn, clipped after each, blur over black, flip.
+
+    Nothing is rounded to levels. DALI reads the cubic kernel from a table and is up to 0.25 levels off before colour,
+    of which brightness and contrast make at most 1.8 * 1.8 times as much: 0.8 levels at worst, and 0.01 on average.
+    The operations in another order are tens of levels away.
+    """
+    config = make_views(preset, {**LEVELS, "profile": "reference", "size": min(VIEWS[preset].size, 48)})
+    pictures = 3 * images()
+    data = shard(tmp_path, [encode(image) for image in pictures])
+    drawn = draw(config, seed=2, epoch=1, position=0, n=len(pictures))
+    for draws, got in zip(drawn, views(data, config, drawn), strict=True):
+        assert set(draws.order[:, 0]) == set(range(5))
+        assert {0, 1} == set(draws.gray) == set(draws.mirror)
+        off = [np.abs(got[i] - expected_reference(image, config, draws, i)) for i, image in enumerate(pictures)]
+        assert max(each.max() for each in off) <= 0.8
+        assert np.mean([each.mean() for each in off]) <= 0.01
+        swapped = Draws(**{**vars(draws), "order": draws.order[:, ::-1]})
+        other = [np.abs(got[i] - expected_reference(image, config, swapped, i)) for i, image in enumerate(pictures[:4])]
+        assert max(each.max() for each in other) > 20
 
 
 def test_cubic_views_equal_the_oracle(tmp_path: Path) -> None:
@@ -288,7 +350,7 @@ def test_the_blur_of_an_impulse_is_the_gaussian_with_its_window(tmp_path: Path, 
     image = np.zeros((64, 64, 3), np.uint8)
     image[30, 33, 0] = image[2, 0, 1] = 255
     image[:, 33, 2] = 255
-    config = make_views("imagenet", {**LEVELS, "size": 64})
+    config = make_views("imagenet", {**LEVELS, "size": 64, "blur_kernel": 0.4})
     draws = plain(1, sigma=[sigma], window=[window])
     got = views(shard(tmp_path, [encode(image)]), config, (draws, plain(1)))
     assert np.abs(got[0][0] - oracle.blur(image.astype(float), sigma, window)).max() <= 0.51
@@ -313,7 +375,7 @@ def test_colour_comes_before_the_blur(tmp_path: Path) -> None:
     """Gain 4 clips a white pixel on dark grey before it is spread: the sum differs from the other order by far."""
     image = np.full((32, 32, 3), 20, np.uint8)
     image[16, 16] = 255
-    config = make_views("imagenet", {**LEVELS, "size": 32})
+    config = make_views("imagenet", {**LEVELS, "size": 32, "blur_kernel": 0.5})
     draws = plain(1, colour=4 * np.eye(3)[None], sigma=[1.0], window=[7])
     got = views(shard(tmp_path, [encode(image)]), config, (draws, draws))[0][0]
     clipped = oracle.blur((4 * image.astype(float)).clip(0, 255), 1.0, 7)
@@ -347,12 +409,241 @@ def test_options_that_are_off_leave_their_operation_out(tmp_path: Path) -> None:
     image = noise(32, 32)
     loud = plain(1, colour=np.zeros((1, 3, 3)), sigma=[2.0], window=[13])
     data = shard(tmp_path, [encode(image)])
-    off = {**LEVELS, "size": 32, "jitter_p": 0.0, "grayscale_p": 0.0}
+    off = {**LEVELS, "size": 32, "jitter_p": 0.0, "grayscale_p": 0.0, "blur_kernel": 0.5}
     np.testing.assert_array_equal(views(data, make_views("cifar", off), (loud, loud))[0][0], image)
     only_blur = views(data, make_views("imagenet", off), (loud, loud))[0][0]
     assert np.abs(only_blur - oracle.blur(image.astype(float), 2.0, 13)).max() <= 0.51
     only_colour = views(data, make_views("imagenet", {**LEVELS, "size": 32, "blur_p": 0.0}), (loud, loud))[0][0]
     assert (only_colour == 0).all()
+
+
+# ---- the operators of figure 4, and two distributions --------------------------------------------------------------
+
+BARE = {**LEVELS, "size": 32, "jitter_p": 0.0, "grayscale_p": 0.0, "blur_p": 0.0, "flip_p": 0.0}
+
+
+@pytest.mark.parametrize("profile", ["fast", "reference"])
+@pytest.mark.parametrize("angle", [0, 90, 180, 270])
+def test_rotation_is_by_whole_quarters_and_moves_every_pixel_exactly(tmp_path: Path, profile: str, angle: int) -> None:
+    """NumPy's rot90 turns the same way, counterclockwise; the view beside it stays. Cubic at scale 1 is exact too."""
+    image = noise(32, 32)
+    config = make_views("cifar", {**BARE, "profile": profile, "rotation_p": 1.0})
+    turned, rest = views(shard(tmp_path, [encode(image)]), config, (plain(1, angle=[angle]), plain(1)))
+    np.testing.assert_allclose(turned[0], np.rot90(image, angle // 90), rtol=0, atol=1e-3)
+    np.testing.assert_allclose(rest[0], image, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("profile", ["fast", "reference"])
+def test_solarize_and_sobel_equal_the_oracle_where_they_are_drawn(tmp_path: Path, profile: str) -> None:
+    """Levels from 128 on inverted; the gradient's magnitude, clipped, with the image mirrored at its border."""
+    images = [noise(32, 32), photos()[0][40:72, 40:72], ramp(32, 32)]
+    data = shard(tmp_path, [encode(image) for image in images])
+    for name, on, want in (
+        ("solarize_p", plain(3, threshold=[128] * 3), oracle.solarize),
+        ("sobel_p", plain(3, sobel=[1] * 3), oracle.sobel),
+    ):
+        config = make_views("cifar", {**BARE, "profile": profile, name: 1.0})
+        got, rest = views(data, config, (on, plain(3)))
+        for i, image in enumerate(images):
+            np.testing.assert_allclose(got[i], want(image.astype(float)).clip(0, 255), rtol=0, atol=1e-2)
+            np.testing.assert_allclose(rest[i], image, rtol=0, atol=1e-3)
+
+
+def test_a_straight_edge_of_d_levels_has_gradient_d(tmp_path: Path) -> None:
+    image = np.full((32, 32, 3), 40, np.uint8)
+    image[:, 16:] = 140
+    config = make_views("cifar", {**BARE, "sobel_p": 1.0})
+    got = views(shard(tmp_path, [encode(image)]), config, (plain(1, sobel=[1]), plain(1)))[0][0]
+    assert (got[:, 15:17] == 100).all()
+    assert got[:, :15].max() == got[:, 17:].max() == 0
+
+
+@pytest.mark.parametrize("profile", ["fast", "reference"])
+def test_noise_is_gaussian_of_the_drawn_width_and_a_function_of_what_is_drawn(tmp_path: Path, profile: str) -> None:
+    """On mid grey, 60,000 values: mean within 5 standard errors, their law within the DKW bound; far windows differ.
+
+    Equal draws give equal noise, and two windows far apart are uncorrelated.
+    """
+    from scipy.stats import norm
+
+    image, size = np.full((128, 128, 3), 128, np.uint8), 128
+    config = make_views("cifar", {**BARE, "size": size, "profile": profile, "noise_p": 1.0})
+    draws = plain(3, noise=[10, 10, 10], noise_offset=[[3, 250], [3, 250], [200, 17]])
+    data = shard(tmp_path, [encode(image)] * 3)
+    got, rest = views(data, config, (draws, plain(3)))
+    np.testing.assert_array_equal(got[0], got[1])
+    assert (rest == 128).all()
+    for view in (got[0], got[2]):
+        values = np.sort((view - 128).ravel() / 10)
+        assert abs(values.mean()) < 5 / np.sqrt(values.size)
+        steps = np.arange(values.size) / values.size
+        assert np.abs(norm.cdf(values) - steps).max() < np.sqrt(np.log(2 / 1e-6) / (2 * values.size)) + 1 / values.size
+    assert abs(np.corrcoef(got[0].ravel(), got[2].ravel())[0, 1]) < 5 / np.sqrt(got[0].size)
+
+
+@pytest.mark.parametrize("profile", ["fast", "reference"])
+def test_cutout_sets_the_drawn_square_to_the_mean_and_leaves_the_rest(tmp_path: Path, profile: str) -> None:
+    """Zero after normalisation, whatever the image; a shape of 0 cuts nothing."""
+    image = noise(32, 32)
+    config = make_views("cifar", {**BARE, "mean": VIEWS["cifar"].mean, "profile": profile, "cutout_p": 1.0})
+    cut = plain(1, hole_start=[[3, 20]], hole_shape=[[16, 12]])
+    got, rest = (view[0] for view in views(shard(tmp_path, [encode(image)]), config, (cut, plain(1))))
+    hole = np.zeros((32, 32), bool)
+    hole[3:19, 20:32] = True
+    assert np.abs(got[hole]).max() <= 1e-3
+    np.testing.assert_array_equal(got[~hole], rest[~hole])
+    np.testing.assert_allclose(rest, image - 255 * np.array(config.mean), rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("profile", ["fast", "reference"])
+def test_all_operators_together_come_in_the_documented_order(tmp_path: Path, profile: str) -> None:
+    """Crop, rotation, colour, blur, solarize, Sobel, noise, cutout, flip: each applied by NumPy to what the last gave.
+
+    Solarizing jumps at its threshold, so what is within a level of it before may come out on the other side, and the
+    gradient spreads that to its neighbours; everywhere else within 8 times what a view may be off (4 from the gradient
+    kernels' two sums, 2 for both directions).
+    """
+    every = {f"{name}_p": 1.0 for name in ("rotation", "solarize", "sobel", "noise", "cutout", "blur")}
+    config = make_views("stl10", {**LEVELS, "profile": profile, **every, "noise_sigma": 0.02})
+    pictures = photos()[:2]
+    data = shard(tmp_path, [encode(image) for image in pictures])
+    field = np.random.default_rng(0).standard_normal((96 + 256, 96 + 256, 3), np.float32)
+    drawn = draw(config, seed=5, epoch=0, position=0, n=2)
+    for draws, got in zip(drawn, views(data, config, drawn), strict=True):
+        for i, image in enumerate(pictures):
+            bare = Draws(**{**vars(draws), "mirror": 0 * draws.mirror, "window": 0 * draws.window + 1})
+            want = (expected if profile == "fast" else expected_reference)(image, config, bare, i)
+            want = np.rot90(want, int(draws.angle[i]) // 90)
+            border = "reflect" if profile == "fast" else "constant"
+            want = oracle.blur(want, float(draws.sigma[i]), int(draws.window[i]), border)
+            near = np.abs(want - 128).min(2) < 3
+            near |= np.any([np.roll(near, shift, axis) for shift in (-1, 1) for axis in (0, 1)], 0)
+            near |= np.any([np.roll(near, shift, axis) for shift in (-1, 1) for axis in (0, 1)], 0)
+            want = oracle.sobel(oracle.solarize(want)).clip(0, 255)
+            y, x = draws.noise_offset[i]
+            want = (want + draws.noise[i] * field[y : y + 96, x : x + 96]).clip(0, 255)
+            (top, left), (height, width) = draws.hole_start[i].astype(int), draws.hole_shape[i].astype(int)
+            want[top : top + height, left : left + width] = 0  # LEVELS has mean 0
+            off = np.abs(got[i] - (want[:, ::-1] if draws.mirror[i] else want)).max(2)
+            off = off[~(near[:, ::-1] if draws.mirror[i] else near)]
+            assert off.size > 96 * 96 / 4
+            assert off.max() <= 8 * (allowed(config, draws, i) if profile == "fast" else 0.8)
+
+
+def test_the_second_view_may_have_a_distribution_of_its_own(tmp_path: Path) -> None:
+    """Changing the second leaves the first as it was, bit for bit, and gives the second what it would be as a first."""
+    first = make_views("stl10", {"size": 48})
+    second = make_views(first, {"crop_ratio": [1.0, 1.0], "crop_area": [0.5, 0.6], "jitter_p": 0.0, "solarize_p": 0.5})
+    data = shard(tmp_path, [encode(image) for image in photos() + extremes()])
+    both = draw(first, second, seed=1, epoch=0, position=0, n=12)
+    alone, other = (draw(c, seed=1, epoch=0, position=0, n=12) for c in (first, second))
+    order = labels(plain_view(reader(data), first, batch_size=12, device_id=None, num_threads=1).run()[1])
+    fed = [tuple(permute(draws, order) for draws in pair) for pair in (both, alone, other)]
+    out = [
+        two_views(reader(data), a, lambda _, d=d: d, second=b, batch_size=12, device_id=None, num_threads=2).run()
+        for (a, b), d in zip([(first, second), (first, None), (second, None)], fed, strict=True)
+    ]
+    mixed, plain_first, plain_second = ([np.array(o[view].as_array()) for view in (0, 1)] for o in out)
+    np.testing.assert_array_equal(mixed[0], plain_first[0])
+    np.testing.assert_array_equal(mixed[1], plain_second[1])
+    assert not np.array_equal(mixed[1], plain_first[1])
+
+
+@pytest.mark.parametrize("profile", ["fast", "reference"])
+def test_the_distributions_are_those_of_the_paper_when_measured_on_views(tmp_path: Path, profile: str) -> None:
+    """What went in is forgotten and read off 2 x 1,000 views: factors from flat and two-tone images, sigma of an edge.
+
+    Each by itself: brightness 1 +- 0.8, contrast, saturation, hue +- 0.2 turns, sigma uniform in [0.1, 2], seen from
+    0.7 on; flips and grayscale by their rates. Kolmogorov-Smirnov with the DKW bound for 1e-6, and 0.01 for rounding.
+    """
+    num = 1000
+    bound = np.sqrt(np.log(2 / 1e-6) / (2 * num))
+    whole = {**BARE, "profile": profile, "crop_area": (1.0, 1.0), "crop_ratio": (1.0, 1.0)}
+
+    def gap(values: NDArray[Any], low: float, high: float) -> float:
+        steps = np.arange(len(values)) / len(values)
+        return float(np.abs((np.sort(values) - low) / (high - low) - steps).max())
+
+    def seen(image: Bytes, **changes: Any) -> list[NDArray[Any]]:
+        config = make_views("cifar", {**whole, "size": 8, **changes})
+        return copies(tmp_path, image, config, seed=4, num=num)
+
+    def jittered(image: Bytes, name: str) -> list[NDArray[Any]]:
+        others = dict.fromkeys({"brightness", "contrast", "saturation", "hue"} - {name}, 0.0)
+        return seen(image, jitter_p=1.0, jitter_strength=1.0, **others)
+
+    grey, tones, colour = (np.full((8, 8, 3), 64, np.uint8) for _ in range(3))
+    tones[:, :4], tones[:, 4:], colour[:] = 90, 122, (140, 120, 100)
+    for view in jittered(grey, "brightness"):
+        assert gap(view[:, 0, 0, 0] / 64, 0.2, 1.8) < bound + 0.01
+    for view in jittered(tones, "contrast"):
+        assert gap((view[:, 0, 7, 0] - view[:, 0, 0, 0]) / 32, 0.2, 1.8) < bound + 0.01
+        np.testing.assert_allclose(view[:, 0].mean((1, 2)), 106, atol=0.1)
+    for view in jittered(colour, "saturation"):
+        assert gap((view[:, 0, 0, 0] - view[:, 0, 0, 2]) / 40, 0.2, 1.8) < bound + 0.01
+    for view in jittered(colour, "hue"):
+        if profile == "reference":
+            hues = np.array([colorsys.rgb_to_hsv(*pixel)[0] for pixel in view[:, 0, 0].tolist()])
+            turns = (hues - colorsys.rgb_to_hsv(140, 120, 100)[0] + 0.5) % 1 - 0.5
+        else:
+            chroma = (view[:, 0, 0] @ oracle.YIQ.T)[:, 1:] @ (1, 1j)
+            turns = np.angle(chroma / ((140, 120, 100) @ oracle.YIQ.T)[1:].dot((1, 1j))) / (2 * np.pi)
+        assert gap(turns, -0.2, 0.2) < bound + 0.01
+    for view in seen(tones, flip_p=0.5):
+        assert abs((view[:, 0, 0, 0] > 100).mean() - 0.5) < bound
+    for view in seen(colour, grayscale_p=0.2):
+        assert abs((np.ptp(view[:, 0, 0], axis=1) < 0.5).mean() - 0.2) < bound
+    edge = np.full((32, 32, 3), 28, np.uint8)
+    edge[:, 16:] = 228
+    for view in seen(edge, size=32, blur_p=1.0, blur_kernel=0.75):
+        step, at = np.diff(view[:, 16, 8:24, 0].astype(float), axis=1) / 200, np.arange(15)
+        mean = (step * at).sum(1)
+        sigma = np.sqrt(np.maximum((step * at**2).sum(1) - mean**2, 0))
+        sigma = sigma[sigma > 0.7]
+        assert abs(len(sigma) / num - 1.3 / 1.9) < bound + 0.02  # cutting at 3 sigma takes up to 1.4 % of it
+        assert gap(sigma, 0.7, 2.0) < np.sqrt(np.log(2 / 1e-6) / (2 * len(sigma))) + 0.02
+
+
+@pytest.mark.parametrize("profile", ["fast", "reference"])
+def test_views_have_the_moments_of_an_independent_pipeline(tmp_path: Path, profile: str) -> None:
+    """Mean and spread of each channel over 2 x 500 views of a photograph, against NumPy with random numbers of its own.
+
+    Within 5 standard errors of the difference of two means over views.
+    """
+    image = photos()[1][::4, ::4]
+    config = make_views("cifar", {**LEVELS, "profile": profile, "size": 16, "jitter_strength": 1.0, "blur_p": 0.5})
+    num, rng = 500, np.random.default_rng(9)
+    got = np.concatenate(copies(tmp_path, image, config, seed=3, num=num))
+    height, width, _ = image.shape
+    theirs = np.empty_like(got)
+    for i in range(len(theirs)):
+        offset, factors = rng.random(2), [*rng.uniform(0.2, 1.8, 3), rng.uniform(-0.2, 0.2)]
+        order = rng.permutation(4) if rng.random() < 0.8 else [4] * 4
+        gray, flip, sigma = rng.random() < 0.2, rng.random() < 0.5, rng.uniform(0.1, 2)
+        window = config.max_window if rng.random() < 0.5 else 1
+        if profile == "reference":
+            box = oracle.authors_crop(height, width, rng.uniform(3 / 4, 4 / 3, 100), rng.random(100), offset)
+            view = oracle.resize(image.astype(float), box, (16, 16), "cubic", antialias=False)
+            view = oracle.blur(oracle.authors_colour(view, factors, order, gray), sigma, window, "constant")
+        else:
+            area, ratio = height * width * rng.uniform(0.08, 1, 10), np.exp(rng.uniform(*np.log([3 / 4, 4 / 3]), 10))
+            box = oracle.crop(
+                height,
+                width,
+                list(zip(np.sqrt(area / ratio), np.sqrt(area * ratio), strict=True)),
+                offset,
+                (3 / 4, 4 / 3),
+            )
+            view = oracle.resize(image.astype(float), box, (16, 16))
+            names = ("brightness", "contrast", "saturation", "hue")
+            values = dict(zip(names, [*factors[:3], 2 * np.pi * factors[3]], strict=True))
+            view = oracle.jitter(view, values, [names[step] for step in order if step < 4], gray).clip(0, 255)
+            view = oracle.blur(view, sigma, min(window, 2 * math.ceil(3 * sigma) + 1))
+        theirs[i] = view[:, ::-1] if flip else view
+    for name, moment in (("mean", lambda x: x.mean((1, 2))), ("spread", lambda x: x.std((1, 2)))):
+        a, b = moment(got), moment(theirs)
+        error = np.sqrt((a.var(0) + b.var(0)) / len(a))
+        assert (np.abs(a.mean(0) - b.mean(0)) < 5 * error).all(), name
 
 
 # ---- kinds of images -----------------------------------------------------------------------------------------------
@@ -409,6 +700,7 @@ def test_the_plain_view_is_resize_and_centre_crop(tmp_path: Path, interpolation:
     config = make_views("imagenet", {**LEVELS, "size": size, "eval_crop": share, "interpolation": interpolation})
     china, flower = (64 + photo // 2 for photo in photos()[:2])
     pictures = [flower[:192, :192], flower[:192, :320], china, china[:, :100], ramp(50, 300)]
+    pictures += [flower[100:124, 100:124], flower[100:124, 100:136], china[50:80, 90:110]]  # smaller than the view
     data = shard(tmp_path, [encode(image) for image in pictures])
     graph = plain_view(reader(data), config, batch_size=len(pictures), device_id=None, num_threads=1)
     got, digits = graph.run()
@@ -422,59 +714,84 @@ def test_the_plain_view_is_resize_and_centre_crop(tmp_path: Path, interpolation:
         scaled = np.array(image.shape[:2]) * shorter / min(image.shape[:2])
         if np.array_equal(scaled, scaled.round()) and ((scaled - size) % 2 == 0).all():
             theirs = center_crop(resize(Image.fromarray(image), [shorter], mode), [size, size])
-            assert np.abs(view - np.array(theirs, float))[2:-2, 2:-2].max() <= 1
+            enlarged = interpolation == "cubic" and min(image.shape[:2]) < shorter  # cubic gain in both of its passes
+            assert np.abs(view - np.array(theirs, float))[2:-2, 2:-2].max() <= 1 + enlarged
             compared += 1
-    assert compared >= 2
+    assert compared >= 3
 
 
 # ---- GPU -----------------------------------------------------------------------------------------------------------
 
 
-def operators(graph: Any) -> list[tuple[str, str]]:
-    """(operator, "cpu", "gpu" or "mixed") of every node; DALI has no public way to ask before a graph is built."""
+ALL = {f"{name}_p": 0.5 for name in ("rotation", "solarize", "sobel", "noise", "cutout")}
+
+
+def nodes(graph: Any) -> list[tuple[str, str, Any]]:
+    """(operator, "cpu", "gpu" or "mixed", node) of a graph; DALI has no public way to ask before it is built."""
     graph._build_graph()
-    return [(getattr(node._op, "schema_name", type(node._op).__name__), node._op.device) for node in graph._ops]
+    return [(getattr(node._op, "schema_name", type(node._op).__name__), node._op.device, node) for node in graph._ops]
 
 
-@pytest.mark.parametrize("config", [VIEWS["imagenet"], VIEWS["cifar"]])
-def test_the_gpu_graph_can_be_defined_and_keeps_every_pixel_on_the_gpu(tmp_path: Path, config: ViewConfig) -> None:
-    """Without a GPU: each node has a backend on the device it is put on, and all that touches pixels is on the GPU.
+@pytest.mark.parametrize("profile", ["fast", "reference"])
+@pytest.mark.parametrize(("preset", "changes"), [("imagenet", {}), ("cifar", {}), ("imagenet", ALL)])
+def test_the_gpu_graph_can_be_defined_and_keeps_every_pixel_on_the_gpu(
+    tmp_path: Path, preset: str, profile: str, changes: dict[str, float]
+) -> None:
+    """Without a GPU, by DALI's schemas: each node has a backend on its device, takes its inputs from where they are,
+    and knows its arguments; and all that touches pixels is on the GPU.
 
     What a GPU alone shows is in test_gpu_views_equal_cpu_views.
     """
     import nvidia.dali.backend
 
     backend: Any = nvidia.dali.backend
-    data = shard(tmp_path, [encode(noise(8, 8))])
-    graphs = [
-        two_views(reader(data), config, lambda _: (plain(1), plain(1)), batch_size=1, device_id=0, num_threads=1),
-        plain_view(reader(data), config, batch_size=1, device_id=0, num_threads=1),
-    ]
     known = {
         "cpu": set(backend.RegisteredCPUOps()),
         "gpu": set(backend.RegisteredGPUOps()),
         "mixed": set(backend.RegisteredMixedOps()),
     }
-    for graph in graphs:
-        nodes = operators(graph)
-        assert len(nodes) > 4
-        for name, device in nodes:
-            assert name in known[device], f"{name} has no {device} backend"
-        on = {name: device for name, device in nodes if device != "cpu"}
+    config = make_views(preset, {"profile": profile, **changes})
+    data = shard(tmp_path, [encode(noise(8, 8))])
+    plain_graph = plain_view(reader(data), config, batch_size=1, device_id=0, num_threads=1)
+    draws = (plain(1), plain(1))
+    graph = two_views(reader(data), config, lambda _: draws, batch_size=1, device_id=0, num_threads=1)
+    for found in (nodes(graph), nodes(plain_graph)):
+        assert len(found) > 4
+        for name, device, node in found:
+            internal = name.lstrip("_") if name in ("_ArithmeticGenericOp", "_TensorSubscript") else name
+            assert name in known[device] or internal in known[device], f"{name} has no {device} backend"
+            schema = backend.GetSchema(name)
+            for i, given in enumerate(node.inputs):
+                wanted = "cpu"  # of every argument, and of what the decoder reads
+                if device != "mixed" and i < node.spec.NumRegularInput():
+                    wanted = schema.GetInputDevice(i, given.device, device)
+                assert given.device == wanted, f"{name} on the {device} takes input {i} from the {wanted}"
+            for argument in {**node._op._init_args, **node._op._call_args}:
+                assert schema.HasArgument(argument), f"{name} knows no {argument}"
+                assert not schema.IsDeprecatedArg(argument), f"{argument} of {name} is deprecated"
+        on = {name: device for name, device, _ in found if device != "cpu"}
         assert on["decoders__Image"] == "mixed"
         assert on["Resize"] == on["CropMirrorNormalize"] == "gpu"
-    on = dict(operators(graphs[0]))
-    assert on["CoordTransform"] == on["reductions__Mean"] == "gpu"
-    assert on.get("GaussianBlur") == ("gpu" if config.blur_p else None)
+    devices: dict[str, set[str]] = {}
+    for name, device, _ in nodes(graph):
+        devices.setdefault(name, set()).add(device)
+    expected = {"reductions__Mean"} | ({"CoordTransform"} if profile == "fast" else {"Stack", "Reinterpret"})
+    expected |= ({"Filter"} if config.blur_p else set()) | ({"Rotate", "Erase"} if changes else set())
+    assert all(devices[name] == {"gpu"} for name in expected)
 
 
 @pytest.mark.gpu
-def test_gpu_views_equal_cpu_views(tmp_path: Path) -> None:
-    """The same draws on PNGs: at most what two graphs may each be off the oracle by, and 0.1 levels on average."""
+@pytest.mark.parametrize("profile", ["fast", "reference"])
+@pytest.mark.parametrize("changes", [{}, {"rotation_p": 0.5, "cutout_p": 0.5, "noise_p": 0.5}])
+def test_gpu_views_equal_cpu_views(tmp_path: Path, profile: str, changes: dict[str, float]) -> None:
+    """The same draws on PNGs: at most what two graphs may each be off the oracle by, and 0.1 levels on average.
+
+    Solarize and Sobel are left out, since what lies at a threshold may fall on either side.
+    """
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device: the GPU graph is only defined here, not run")
-    config = make_views("stl10", LEVELS)
+    config = make_views("stl10", {**LEVELS, "profile": profile, **changes})
     pictures = photos() + extremes()
     data = shard(tmp_path, [encode(image) for image in pictures])
     order = labels(plain_view(reader(data), config, batch_size=12, device_id=None, num_threads=1).run()[1])
@@ -486,5 +803,5 @@ def test_gpu_views_equal_cpu_views(tmp_path: Path) -> None:
     for draws, cpu, gpu in zip(drawn, outputs[None], outputs[0], strict=True):
         for row, label in enumerate(order):
             off = np.abs(cpu[row] - gpu[row])
-            assert off.max() <= 2 * allowed(config, draws, row), f"image {label}"
+            assert off.max() <= 2 * (allowed(config, draws, row) if profile == "fast" else 0.8), f"image {label}"
         assert np.abs(cpu - gpu).mean() < 0.1

@@ -102,18 +102,19 @@ class CountCalls(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.calls.append(str(func))
         self.kernels += kernels(func, args)
-        return func(*args, **(kwargs or {}))
+        # torch has no meta kernel for the fused optimizers; they return nothing
+        return None if "_fused_" in str(func) else func(*args, **(kwargs or {}))
 
 
 def kernels(func, args):
     """By torch's MultiTensorApply.cuh where kernel arguments are limited to 4 KiB; newer CUDA versions need fewer.
 
     A call over lists of tensors is cut into kernels of 320 pieces of 65,536 numbers, and of so many tensors that their
-    addresses fit: 110 of one list, 64 of two. A norm also clears and then adds up its partial sums.
+    addresses fit: 110 of one list, 64 of two, 48 of three. A norm also clears and then adds up its partial sums.
     """
     if func.is_view or str(func).startswith(("profiler.", "aten.empty")):
         return 0
-    if not str(func).startswith("aten._foreach_"):
+    if not str(func).startswith(("aten._foreach_", "aten._fused_")):
         return 1
     lists = [arg for arg in args if isinstance(arg, list)]
     most, launched, tensors, pieces = {1: 110, 2: 64, 3: 48}[len(lists)], 0, 0, 0
@@ -152,7 +153,8 @@ def test_a_step_of_resnet50_is_thirty_calls_and_kernels_without_a_sync(dtype, mo
     assert len(params) == 161
     for p in params:
         p.grad = torch.empty_like(p)
-    optimizer.step()  # the first step also allocates the momentum
+    with CountCalls():
+        optimizer.step()  # the first step also allocates the momentum
     with CountCalls() as count:
         optimizer.step()
     assert len(count.calls) <= 30, count.calls

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("pipeline", "model", "tools", "benchmarks")
 HOMES = {  # library: the files that may import it
-    "accelerate": {"train.py"},
+    "accelerate": {"train.py", "tools/evaluate.py"},  # what joins data and model, on one process or many
     "nvidia": {"pipeline/graph.py", "pipeline/store.py", "pipeline/loader.py"},  # the loader for a type only
     "webdataset": {"pipeline/write.py"},
     "safetensors": {"model/checkpoint.py"},
@@ -48,7 +48,9 @@ def test_imports_follow_the_plan(path: Path) -> None:
         assert library not in found or name in homes or room == "benchmarks", f"{name} imports {library}"
 
 
-@pytest.mark.parametrize("program", ["train.py", "tools/make_shards.py", "tools/evaluate.py", "tools/show_views.py"])
+@pytest.mark.parametrize(
+    "program", ["train.py", "tools/make_shards.py", "tools/evaluate.py", "tools/export.py", "tools/show_views.py"]
+)
 def test_programs_import_nothing_slow_to_show_their_help(program: str) -> None:
     """torch alone takes three seconds; --help answers at once."""
     assert not imports(ROOT / program, top_level=True) & {"torch", "torchvision", "accelerate", "nvidia", "webdataset"}

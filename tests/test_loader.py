@@ -254,6 +254,26 @@ def test_views_of_a_position_do_not_depend_on_the_ranks(tmp_path: Path, world_si
         assert len(torch.unique(whole.views.flatten(1), dim=0)) == 12  # and no two of them are alike
 
 
+@pytest.mark.parametrize(("micro_batch", "world_size"), [(1, 1), (2, 1), (3, 1), (2, 2)])
+def test_micro_batches_are_the_whole_batch_in_parts(noises: Dataset, micro_batch: int, world_size: int) -> None:
+    """Bit by bit, labels too, over three epochs; what is dropped at an epoch's end is dropped in parts."""
+    wholes = ranks(noises, world_size, 6 if world_size == 1 else 8)
+    split = ranks(noises, world_size, 6 if world_size == 1 else 8, micro_batch=micro_batch)
+    for whole, parts in zip(wholes, split, strict=True):
+        for _ in range(3 * whole.steps_per_epoch):
+            batch = next(whole)
+            taken = [next(parts) for _ in range(whole.local_batch_size // micro_batch)]
+            assert {(part.epoch, part.position) for part in taken} == {(batch.epoch, batch.position)}
+            assert [label for part in taken for label in labels(part)] == labels(batch)
+            first, second = (torch.cat([part.views.chunk(2)[view] for part in taken]) for view in (0, 1))
+            assert torch.equal(torch.cat([first, second]), batch.views)
+
+
+def test_micro_batches_that_do_not_divide_the_batch_are_refused(flats: Dataset) -> None:
+    with pytest.raises(ValueError, match="micro_batch 5 does not divide the 12 images.*; near are 3, 4, 6"):
+        build(flats, 12, micro_batch=5)
+
+
 def test_an_image_gets_new_views_every_epoch(tmp_path: Path) -> None:
     """One image, eight epochs of one batch: 16 different views."""
     loader = build(write(tmp_path / "set", [noise(0)]), 1)
@@ -407,6 +427,20 @@ def test_a_position_of_another_stream_is_refused_naming_what_differs(noises: Dat
         assert not [name for name in others if f"{name}:" in message], message
         assert next(fresh).position == 0
     assert state == json.loads(json.dumps(state))  # and the caller's state is left as it was
+
+
+def test_a_position_belongs_to_both_distributions_of_views(noises: Dataset) -> None:
+    """With the same second distribution the stream goes on; with another, or none, it is refused by name."""
+    second = dataclasses.replace(TINY, flip_p=0.25)
+    loader = build(noises, second_views=second)
+    next(loader)
+    state = json.loads(json.dumps(loader.state_dict()))
+    fresh = build(noises, second_views=second)
+    fresh.load_state_dict(state)
+    assert equal(next(fresh), next(loader))
+    for other in (None, dataclasses.replace(TINY, flip_p=0.75)):
+        with pytest.raises(ValueError, match="second_views: .*0.25.* saved"):
+            build(noises, second_views=other).load_state_dict(state)
 
 
 def test_threads_precision_and_folder_are_no_part_of_a_position(noises: Dataset) -> None:

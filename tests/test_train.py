@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from model.checkpoint import latest, load_encoder
 from model.encoder import build_encoder
 from model.nt_xent import nt_xent
 from model.simclr import ProjectionHead, SimCLR
+from pipeline.loader import Batch, Loader
 from pipeline.shards import Sample
 from pipeline.write import write_shards
 
@@ -94,12 +96,29 @@ def test_command_line_beats_file_beats_recipe(resolved: dict[str, Any], tmp_path
     assert "temperature" not in origin
 
 
+def test_the_second_view_is_the_first_with_its_own_changes(resolved: dict[str, Any], tmp_path: Path) -> None:
+    """--view and [views] change both, --second-view and [second_views] the second alone; without them it has none."""
+    file = tmp_path / "run.toml"
+    file.write_text("[views]\nflip_p = 0.25\n[second_views]\nsolarize_p = 0.2\nblur_p = 0.1\n")
+    arguments = ["cifar10", "--view", 'profile="reference"', "--second-view", "blur_p=0.5", "--config", str(file)]
+    done = CliRunner().invoke(train.app, arguments)
+    assert done.exit_code == 0, done.output
+    config, origin = resolved["config"], resolved["origin"]
+    assert config.views == replace(train.RECIPES["cifar10"].views, profile="reference", flip_p=0.25)
+    assert config.second_views == replace(config.views, solarize_p=0.2, blur_p=0.5)
+    assert (origin["second_views.solarize_p"], origin["second_views.blur_p"]) == ("file", "command line")
+    assert "second_views.blur_p=0.5 (command line)" in train.settings(config, origin)
+    CliRunner().invoke(train.app, ["cifar10", "--view", "blur_p=0.5"])
+    assert resolved["config"].second_views is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
         (["imagenett"], "unknown recipe 'imagenett'; choose one of demo, cifar10, stl10, imagenet"),
         (["cifar10", "--view", "colour=1"], "unknown view option 'colour'"),
         (["cifar10", "--view", "size"], "expected NAME=VALUE"),
+        (["cifar10", "--second-view", "colour=1"], "unknown view option 'colour'"),
         (["cifar10", "--view", "flip_p=2.0"], "flip_p: expected a probability"),
         (["cifar10", "--views", "mnist"], "unknown views 'mnist'"),
         (["cifar10", "--batch-size", "0"], "batch_size: expected at least 1, got 0"),
@@ -245,6 +264,89 @@ def test_a_killed_run_goes_on_bit_for_bit(shards: Path, tmp_path: Path) -> None:
     assert hashes[0] == hashes[1]
 
 
+# ---- micro-batches, and steps that are not finite ------------------------------------------------------------------
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, runs: range) -> None:
+    """One pixel is NaN in the batches that the loader gives in these runs."""
+    whole = Loader.__next__
+
+    def broken(loader: Loader) -> Batch:
+        batch = whole(loader)
+        if loader._runs - 1 in runs:
+            batch.views[0, 0, 0, 0] = torch.nan
+        return batch
+
+    monkeypatch.setattr(Loader, "__next__", broken)
+
+
+def ends(out: Path) -> tuple[bytes, dict[str, str]]:
+    newest = latest(out / "checkpoints")
+    assert newest is not None
+    return (out / "metrics.jsonl").read_bytes(), json.loads((newest / "state.json").read_text())["sha256"]
+
+
+def test_a_run_in_micro_batches_resumes_bit_for_bit(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six steps cross an epoch's end; two of them in a row are skipped, on both sides of the checkpoint."""
+    poison(monkeypatch, range(9, 13))  # three micro-batches of step 3, one of step 4
+    common = ("--data", str(shards), "--steps", "6", "--micro-batch", "4", "--checkpoint-every", "3")
+    done = run(*common, "--out", str(tmp_path / "whole"), "--log-every", "2")
+    assert done.exit_code == 0, done.output
+    assert "in 4 micro-batches of 4, 3 of them encoded twice" in done.output
+    assert "| skipped 1 |" in done.output
+    assert [row.get("skipped") for row in rows(tmp_path / "whole")] == [None, None, 1, 2, None, None]
+    assert [row["loss"] is None for row in rows(tmp_path / "whole")] == [False, False, True, True, False, False]
+
+    out, real, calls = tmp_path / "cut", train.train_step, iter(range(4))
+
+    def cut(*arguments: Any, **more: Any) -> train.Outcome:
+        if next(calls, None) is None:
+            raise OSError("the plug was pulled")
+        return real(*arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", cut)
+        assert "the plug was pulled" in run(*common, "--out", str(out)).output
+    assert ends(out) != ends(tmp_path / "whole")
+    done = run(*common, "--out", str(out), "--resume", "--keep-graphs", "3")
+    assert done.exit_code == 0, done.output
+    assert "1 of them encoded twice" in done.output
+    assert ends(out) == ends(tmp_path / "whole")
+    other = run(*common[:-4], "--micro-batch", "8", "--checkpoint-every", "3", "--out", str(out), "--resume")
+    assert (other.exit_code, "micro_batch: 4 in the checkpoint, 8 now" in other.output) == (2, True)
+
+
+def test_a_micro_batch_that_does_not_divide_is_refused(shards: Path, tmp_path: Path) -> None:
+    done = run("--data", str(shards), "--out", str(tmp_path / "run"), "--micro-batch", "5")
+    assert done.exit_code == 2
+    assert "micro_batch 5 does not divide the 16 images of a rank's batch; near are 2, 4, 8" in done.output
+    assert not (tmp_path / "run").exists()
+
+
+def _poisoned_rank(rank: int, world_size: int, port: int, data: str, out: str) -> None:
+    join(rank, world_size, port)
+    if rank == 1:
+        poison(pytest.MonkeyPatch(), range(2, 100))
+    done = run("--data", data, "--out", out, "--steps", "30", "--max-skipped", "3", "--log-every", "1")
+    (Path(out) / f"rank-{rank}.txt").write_text(f"{done.exit_code} {done.output}")
+
+
+def test_a_broken_image_on_one_rank_skips_the_step_on_all(shards: Path, tmp_path: Path) -> None:
+    """The third one in a row ends the run on both; the weights are those of before the first."""
+    out = tmp_path / "run"
+    torch.multiprocessing.spawn(_poisoned_rank, (2, free_port(), str(shards), str(out)), nprocs=2)
+    assert [row.get("skipped") for row in rows(out)] == [None, None, 1, 2, 3]
+    for rank in range(2):
+        printed = (out / f"rank-{rank}.txt").read_text()
+        assert printed.startswith("1 "), printed
+        assert "3 steps in a row, up to step 5, had a gradient that is not finite" in printed
+        assert "z was not finite on rank 1." in printed
+    assert json.loads((out / "status.json").read_text())["state"] == "failed"
+    assert latest(out / "checkpoints") is None
+
+
 # ---- many processes ------------------------------------------------------------------------------------------------
 
 
@@ -262,9 +364,8 @@ def views_of(images: int) -> torch.Tensor:
     return torch.randn(2, images, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
-def _one_rank(rank: int, world_size: int, port: int, folder: str) -> None:
-    from accelerate import Accelerator
-
+def join(rank: int, world_size: int, port: int) -> None:
+    """What the launcher would have told this process."""
     ranks = {
         "RANK": rank,
         "LOCAL_RANK": rank,
@@ -275,16 +376,27 @@ def _one_rank(rank: int, world_size: int, port: int, folder: str) -> None:
     os.environ |= {name: str(value) for name, value in ranks.items()}
     torch.set_num_threads(1)
 
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def _one_rank(rank: int, world_size: int, port: int, folder: str) -> None:
+    from accelerate import Accelerator
+
+    join(rank, world_size, port)
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == world_size
     network = frozen_network()
     model = accelerator.prepare(network).eval()
     mine = views_of(8).chunk(world_size, 1)[rank].flatten(0, 1)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.0, fused=True)
     kept: list[torch.Tensor] = []
     optimizer.register_step_pre_hook(lambda *_: kept.extend(p.grad.clone() for p in network.parameters()))
     group = torch.distributed.group.WORLD
-    loss = train.train_step(model, optimizer, mine, lambda z: nt_xent(z, 0.2, group=group), 0.0)
+    loss = train.train_step(model, optimizer, [mine], lambda z: nt_xent(z, 0.2, group=group), 0.0).loss
     loss = accelerator.reduce(loss, "mean")
     if rank == 0:
         torch.save((loss, kept), Path(folder) / "stepped.pt")
@@ -293,10 +405,7 @@ def _one_rank(rank: int, world_size: int, port: int, folder: str) -> None:
 
 def test_two_processes_step_like_one(tmp_path: Path) -> None:
     """Loss and gradients of two gloo processes under DDP are those of one with the joined batch, to float32's 1e-5."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_one_rank, (2, port, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(_one_rank, (2, free_port(), str(tmp_path)), nprocs=2)
     two_loss, two = torch.load(tmp_path / "stepped.pt", weights_only=True)
     network = frozen_network()
     loss = nt_xent(network(views_of(8).flatten(0, 1)), 0.2)
@@ -312,7 +421,7 @@ def test_two_processes_train_resume_and_refuse_one(shards: Path, tmp_path: Path)
     out = tmp_path / "run"
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    common = [*TINY, "--data", str(shards), "--eval-data", str(shards), "--out", str(out)]
+    common = [*TINY, "--data", str(shards), "--eval-data", str(shards), "--out", str(out), "--micro-batch", "4"]
     done = subprocess.run(
         [*launch, str(ROOT / "train.py"), *common, "--steps", "5"], capture_output=True, text=True, timeout=300
     )
@@ -379,12 +488,13 @@ def test_another_data_set_is_not_resumed(shards: Path, tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(shards: Path, tmp_path: Path) -> None:
-    """The message names the step; the checkpoint from before stays, and none holds the broken weights."""
+    """Weights that a learning rate blew up give no gradient; the run ends after ten such steps in a row."""
     out = tmp_path / "run"
     common = ("--data", str(shards), "--out", str(out), "--steps", "40", "--optimizer", "sgd", "--warmup-epochs", "0")
     done = run(*common, "--base-lr", "1e30", "--lr-scaling", "none", "--log-every", "1", "--checkpoint-every", "1")
     assert done.exit_code == 1
-    assert "not finite" in done.output
+    assert "10 steps in a row, up to step 11, had a gradient that is not finite" in done.output
+    assert [row.get("skipped") for row in rows(out)] == [None, *range(1, 11)]
     assert json.loads((out / "status.json").read_text())["state"] == "failed"
     newest = latest(out / "checkpoints")
     assert newest is None or load_weights_finite(newest)

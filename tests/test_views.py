@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.views import ATTEMPTS, VIEWS, Draws, ViewConfig, draw, make_views
+from pipeline.views import ATTEMPTS, VIEWS, Draws, ViewConfig, check_pair, draw, make_views
 from tests.oracles import views as oracle
 
 NUM = 20_000
@@ -121,12 +121,24 @@ def test_draws_have_the_types_and_shapes_that_the_graph_is_fed() -> None:
         assert shapes == {
             "width": ((ATTEMPTS,), "float32"),
             "height": ((ATTEMPTS,), "float32"),
+            "ratio": ((ATTEMPTS,), "float32"),
+            "share": ((ATTEMPTS,), "float32"),
             "offset": ((2,), "float32"),
             "colour": ((3, 3), "float32"),
             "mean_colour": ((3, 3), "float32"),
             "sigma": ((), "float32"),
             "window": ((), "int32"),
             "mirror": ((), "int32"),
+            "order": ((4,), "int32"),
+            "factors": ((4,), "float32"),
+            "gray": ((), "int32"),
+            "angle": ((), "float32"),
+            "threshold": ((), "float32"),
+            "sobel": ((), "int32"),
+            "noise": ((), "float32"),
+            "noise_offset": ((2,), "int32"),
+            "hole_start": ((2,), "float32"),
+            "hole_shape": ((2,), "float32"),
         }
         assert all(len(array) == 33 and np.isfinite(array).all() for array in rows(view, slice(None)).values())
         assert (view.window % 2 == 1).all()
@@ -186,6 +198,141 @@ def test_crops_taken_follow_torchvisions_random_resized_crop(height: int, width:
         grid = np.concatenate([a, b])
         gap = np.abs(np.searchsorted(a, grid, "right") - np.searchsorted(b, grid, "right")).max() / num
         assert gap < limit, f"{name}: the distributions are {gap:.3f} apart, expected less than {limit:.3f}"
+
+
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (32, 32), (400, 100)])
+def test_reference_crops_follow_the_law_of_the_authors(height: int, width: int) -> None:
+    """The graph's ten attempts have the law of sample_distorted_bounding_box with a hundred and uniforms of its own.
+
+    Whole pixels, two samples of 8,000, asymptotic two-sample Kolmogorov-Smirnov bound, false alarm 1e-6 each. Crops are
+    smaller than torchvision's: mean area 0.39 against 0.43 at 375 x 500. All hold a tenth of the image.
+    """
+    num = 8000
+    config = make_views("imagenet", {"profile": "reference"})
+    view = draw(config, seed=1, epoch=0, position=0, n=num)[1]
+    rows = zip(view.ratio.tolist(), view.share.tolist(), view.offset.astype(float), strict=True)
+    ours = np.array([oracle.authors_crop(height, width, *row) for row in rows], float)
+    rng = np.random.default_rng(0)
+    theirs = np.array(
+        [
+            oracle.authors_crop(height, width, rng.uniform(3 / 4, 4 / 3, 100), rng.random(100), rng.random(2))
+            for _ in range(num)
+        ],
+        float,
+    )
+    limit = math.sqrt(math.log(2 / FALSE_ALARM) / 2 * (2 / num))
+    assert (ours[:, 2] * ours[:, 3]).min() >= 0.1 * height * width
+    for name, read in {
+        "area": lambda box: box[:, 2] * box[:, 3],
+        "ratio": lambda box: box[:, 3] / box[:, 2],
+        "top": lambda box: box[:, 0],
+        "left": lambda box: box[:, 1],
+    }.items():
+        a, b = np.sort(read(ours)), np.sort(read(theirs))
+        grid = np.concatenate([a, b])
+        gap = np.abs(np.searchsorted(a, grid, "right") - np.searchsorted(b, grid, "right")).max() / num
+        assert gap < limit, f"{name}: the distributions are {gap:.3f} apart, expected less than {limit:.3f}"
+    if (height, width) == (375, 500):
+        assert abs((ours[:, 2] * ours[:, 3]).mean() / (height * width) - 0.39) < 0.01
+
+
+@pytest.mark.parametrize("preset", LAWS)
+def test_reference_draws_take_all_orders_alike_and_factors_in_their_ranges(preset: str) -> None:
+    """24 orders, each within a DKW bound of 1/24 of the jittered; factors as drawn for the fast profile, in floats.
+
+    The order is independent of what the operations do, and of the other view's.
+    """
+    config = make_views(preset, {"profile": "reference"})
+    views = draw(config, seed=11, epoch=3, position=0, n=NUM)
+    codes = []
+    for view in views:
+        jittered = view.order[:, 0] < 4
+        assert abs(jittered.mean() - 0.8) < bound(NUM)
+        assert (view.order[~jittered] == 4).all()
+        assert (view.factors[~jittered] == (1, 1, 1, 0)).all()
+        assert (np.sort(view.order[jittered], 1) == range(4)).all()
+        codes.append(view.order.astype(float) @ (64, 16, 4, 1))
+        rates = np.unique(codes[-1][jittered], return_counts=True)[1] / jittered.sum()
+        assert len(rates) == 24
+        assert np.abs(rates - 1 / 24).max() < 2 * bound(jittered.sum())
+        s = config.jitter_strength
+        for column, (low, high) in enumerate([(1 - 0.8 * s, 1 + 0.8 * s)] * 3 + [(-0.2 * s, 0.2 * s)]):
+            values = view.factors[jittered, column].astype(float)
+            assert distance(values, uniform(low, high)) < bound(len(values))
+            assert abs(np.corrcoef(values, codes[-1][jittered])[0, 1]) < 5.7 / math.sqrt(len(values))
+        assert abs(view.gray.mean() - 0.2) < bound(NUM)
+        blurred = view.window > 1
+        assert set(view.window[blurred]) <= {config.max_window}
+    assert abs(np.corrcoef(*codes)[0, 1]) < 5.7 / math.sqrt(NUM)
+
+
+def test_profiles_draw_the_same_numbers() -> None:
+    """So that one can be shown beside the other: flips, strengths, grayscale, sigma; factors within float32."""
+    fast, reference = (
+        draw(make_views("imagenet", {"profile": profile}), seed=1, epoch=0, position=0, n=500)[0]
+        for profile in ("fast", "reference")
+    )
+    for name in ("mirror", "sigma", "gray", "factors", "offset"):
+        np.testing.assert_array_equal(getattr(fast, name), getattr(reference, name))
+    np.testing.assert_array_equal(fast.window > 1, reference.window > 1)
+    visible = ~is_gray(fast)
+    found = factors(fast)
+    np.testing.assert_allclose(found["brightness"], reference.factors[:, 0], atol=1e-5)
+    np.testing.assert_allclose(found["saturation"][visible], reference.factors[visible, 2], atol=1e-5)
+    np.testing.assert_allclose(found["hue"][visible], -2 * np.pi * reference.factors[visible, 3], atol=1e-5)
+
+
+EXTRAS = {
+    f"{name}_p": p
+    for name, p in zip(("rotation", "solarize", "sobel", "noise", "cutout"), (0.1, 0.3, 0.5, 0.7, 0.9), strict=True)
+}
+
+
+def test_further_operators_are_drawn_at_their_rates_with_their_laws_and_change_no_other_draw() -> None:
+    """Each rate its own; turns uniform over four, holes and windows of noise uniform in place; all independent."""
+    config = make_views("stl10", EXTRAS)
+    plain, views = (draw(c, seed=2, epoch=1, position=0, n=NUM) for c in (VIEWS["stl10"], config))
+    untouched = {"angle": 0, "threshold": 256, "sobel": 0, "noise": 0, "hole_shape": 0}
+    for without, view in zip(plain, views, strict=True):
+        for name in set(vars(view)) - {*untouched, "noise_offset", "hole_start"}:
+            np.testing.assert_array_equal(getattr(without, name), getattr(view, name))
+        assert all((getattr(without, name) == value).all() for name, value in untouched.items())
+        assert set(view.angle) == {0, 90, 180, 270}
+        assert set(view.threshold) == {128, 256}
+        assert set(view.noise) == {0, np.float32(25.5)}
+        for angle in (90, 180, 270):
+            assert abs((view.angle == angle).mean() - 0.1 / 4) < bound(NUM)
+        cut = view.hole_shape.min(1) > 0
+        for rate, drawn in ((0.3, view.threshold < 256), (0.5, view.sobel == 1), (0.7, view.noise > 0), (0.9, cut)):
+            assert abs(drawn.mean() - rate) < bound(NUM)
+        # 48 pixels around a centre uniform in 96, cut at the border
+        top, height = view.hole_start[cut, 0], view.hole_shape[cut, 0]
+        assert ((top >= 0) & (top + height <= 96) & (height >= 24) & (height <= 48)).all()
+        assert abs((height == 48).mean() - 0.5) < bound(cut.sum()) + 1 / 96
+        middle = np.where(top == 0, top + height - 24, top + 24)
+        assert (
+            distance(middle + 1e-3 * np.arange(len(middle)) / len(middle), uniform(0, 96)) < bound(cut.sum()) + 1 / 96
+        )
+        for axis in (0, 1):
+            assert (view.noise_offset[:, axis].min(), view.noise_offset[:, axis].max()) == (0, 255)
+            assert distance(view.noise_offset[:, axis] + 0.5, uniform(0, 256)) < bound(NUM) + 1 / 256
+    names = ("angle", "threshold", "sobel", "noise", "mirror", "sigma")
+    for a, b in itertools.product(names, names):
+        assert abs(np.corrcoef(getattr(views[0], a), getattr(views[1], b))[0, 1]) < 5.7 / math.sqrt(NUM), (a, b)
+        if a < b:
+            assert abs(np.corrcoef(getattr(views[0], a), getattr(views[0], b))[0, 1]) < 5.7 / math.sqrt(NUM), (a, b)
+
+
+def test_a_rank_draws_for_its_positions_what_one_process_draws_for_them() -> None:
+    """Two views of different distributions, with every operator: four ranks of 8 are the batch of 32."""
+    first, second = make_views("stl10", EXTRAS), make_views("stl10", {"jitter_p": 0.0, "cutout_p": 0.5})
+    whole = draw(first, second, seed=5, epoch=2, position=64, n=32)
+    for rank in range(4):
+        part = draw(first, second, seed=5, epoch=2, position=64 + 8 * rank, n=8)
+        for view, view_part in zip(whole, part, strict=True):
+            assert same(rows(view, slice(8 * rank, 8 * rank + 8)), rows(view_part, slice(None)))
+    assert same(rows(whole[0], slice(None)), rows(draw(first, seed=5, epoch=2, position=64, n=32)[0], slice(None)))
+    assert same(rows(whole[1], slice(None)), rows(draw(second, seed=5, epoch=2, position=64, n=32)[1], slice(None)))
 
 
 def test_rates_are_those_of_the_paper(drawn: tuple[ViewConfig, Any]) -> None:
@@ -355,6 +502,10 @@ def test_changes_apply_to_a_preset_and_leave_the_rest() -> None:
         ({"mean": ["a", 0, 0]}, "mean"),
         ({"jitter_strength": math.nan}, "jitter_strength"),
         ({"blur_kernel": 0.0}, "blur_kernel"),
+        ({"profile": "exact"}, "profile"),
+        ({"cutout_p": 2.0}, "cutout_p"),
+        ({"cutout_size": 0.0}, "cutout_size"),
+        ({"noise_sigma": -1.0}, "noise_sigma"),
     ],
 )
 def test_views_that_make_no_sense_are_refused_by_name(changes: dict[str, Any], names: str) -> None:
@@ -365,3 +516,11 @@ def test_views_that_make_no_sense_are_refused_by_name(changes: dict[str, Any], n
 def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"'imagenet22k'.*imagenet, cifar, stl10"):
         make_views("imagenet22k")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("size", 96), ("profile", "reference"), ("mean", [0.5, 0.5, 0.5]), ("std", [0.5, 0.5, 0.5])]
+)
+def test_two_views_that_cannot_make_one_batch_are_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name}: both views"):
+        check_pair(VIEWS["imagenet"], make_views("imagenet", {name: value}))

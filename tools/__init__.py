@@ -1,7 +1,10 @@
-"""Programs, one typer command line per file, imported by nobody. They share how they fail."""
+"""Programs, one typer command line per file, imported by nobody. They share how they fail, and how they read a run."""
 
 import contextlib
+import json
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -14,8 +17,51 @@ def one_message(program: str) -> Iterator[None]:
     except ValueError as error:
         typer.echo(f"{program}: {error}", err=True)
         raise typer.Exit(2) from error
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, FloatingPointError) as error:
         if type(error) is RuntimeError:  # a LoaderError or a killed worker is named; a bare one needs its traceback
             raise
         typer.echo(f"{program}: {error}", err=True)
         raise typer.Exit(1) from error
+
+
+def training_of(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a weights file of ours says about itself: (view options that prepare an image for it, how it was trained).
+
+    An exported encoder tells in its metadata, a checkpoint in its state.json; both are empty for a stranger's file.
+    """
+    from model.checkpoint import read_metadata
+    from train import FREE
+
+    state = file.with_name("state.json")
+    try:
+        if told := read_metadata(file):
+            interpolation = {"bilinear": "linear", "bicubic": "cubic"}[told["interpolation"]]
+            views = {"size": told["image_size"], "mean": told["mean"], "std": told["std"]}
+            return views | {"eval_crop": told["crop_pct"], "interpolation": interpolation}, dict(told["training"])
+        if file.name == "model.safetensors" and state.is_file():
+            saved = json.loads(state.read_bytes())
+            extra = saved["extra"]
+            config = {name: value for name, value in extra["config"].items() if name not in FREE}  # paths stay here
+            views = {name: config["views"][name] for name in ("size", "mean", "std", "eval_crop", "interpolation")}
+            dataset = extra["loaders"][0]["identity"]["dataset"]
+            return views, {"recipe": extra["recipe"], "steps": saved["step"], "dataset": dataset, "config": config}
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{file}: what it says about its training is incomplete: {error!r}") from error
+    return {}, {}
+
+
+def head_file(weights: Path) -> Path:
+    """Where the projection head of an encoder lies: in its checkpoint, beside it, or in its run's newest checkpoint.
+
+    Raises ValueError if nowhere.
+    """
+    from model.checkpoint import latest
+
+    beside, checkpoints = weights.with_name("head.safetensors"), weights.parent.parent / "checkpoints"
+    if weights.with_name("state.json").is_file():
+        return weights
+    if beside.is_file():
+        return beside
+    if newest := latest(checkpoints):
+        return newest / "model.safetensors"
+    raise ValueError(f"the projection head of {weights} is missing: neither {beside} nor a checkpoint in {checkpoints}")

@@ -1,36 +1,68 @@
-"""How good is an encoder? kNN and a linear probe on its frozen features, from shards.
+"""How good is an encoder? What the paper's readers do with one: kNN, linear classifiers, fine-tuning; or its features.
 
-    python tools/evaluate.py knn RUN/encoder TRAIN TEST
-    python tools/evaluate.py linear RUN/encoder TRAIN TEST
+    python tools/evaluate.py knn RUN TRAIN TEST           weighted votes of the nearest neighbours: minutes
+    python tools/evaluate.py linear RUN TRAIN TEST        the paper's linear evaluation: 90 epochs of crops and flips
+    python tools/evaluate.py logistic RUN TRAIN TEST      its transfer protocol: L-BFGS, the best of 45 l2
+    python tools/evaluate.py finetune RUN TRAIN TEST --percent 1 --from-scratch
+    python tools/evaluate.py embed RUN DATA OUT.npz       features, labels and keys
+    accelerate launch --multi_gpu --num_processes N tools/evaluate.py ...
 
-ENCODER is a run's encoder folder or file, or any ResNet in safetensors under torchvision's names. TRAIN and TEST are
-labelled shards of the same classes. Images are prepared as the file says: resized, centre-cropped, normalised. The
-result is printed and written beside the encoder as knn.json or linear.json. --random-init evaluates the same
-architecture with freshly drawn weights, the baseline that training has to beat.
+RUN is a run, its encoder folder, a checkpoint, or a ResNet in safetensors under the names of torchvision, timm, lightly
+or solo-learn. TRAIN and TEST are labelled shards of the same classes. Images are prepared as the file says; where it
+says nothing, as for ImageNet, and --view changes that. Results are printed and appended as one line of JSON to
+evaluation.jsonl beside the encoder. --random-init evaluates freshly drawn weights of the same architecture: the
+baseline that training has to beat. The protocols: Chen et al. 2020, arXiv:2002.05709, appendix B.5, B.6 and B.8.
 """
 
+import hashlib
 import json
+import math
 import os
 import sys
-from dataclasses import dataclass
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from accelerate import Accelerator
+    from torch import Tensor, nn
+
+    from model.encoder import Encoder
+    from pipeline.shards import Dataset
+    from pipeline.views import ViewConfig
+
+# torch's threads and DALI's share the cores; threads that spin while they wait would take them from the others.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
-EncoderPath = Annotated[Path, typer.Argument(help="Encoder folder or safetensors file.")]
-Train = Annotated[Path, typer.Argument(help="Labelled shards to learn from: the kNN bank, the probe's training set.")]
+PROGRESS_S = 30  # seconds without a line before training reports where it is
+
+EncoderPath = Annotated[Path, typer.Argument(help="Run, encoder folder, checkpoint or safetensors file.")]
+Train = Annotated[Path, typer.Argument(help="Labelled shards to learn from.")]
 Test = Annotated[Path, typer.Argument(help="Labelled shards to score.")]
-Size = Annotated[int | None, typer.Option(help="Image side in px. [default: the encoder's, 224 if it does not say]")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images per forward pass.")]
+View = Annotated[
+    list[str] | None, typer.Option(help="Change how images are prepared, such as size=96. [default: as the file says]")
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images per forward pass and process where nothing is trained.")]
 RandomInit = Annotated[bool, typer.Option(help="Evaluate freshly drawn weights of the same architecture.")]
-Seed = Annotated[int, typer.Option(help="Of the fresh weights, and of the probe's batch order.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of fresh weights, choices of samples, and the order of batches.")]
+Precision = Annotated[
+    Literal["auto", "bf16", "no"], typer.Option(help="Mixed precision; auto is bf16 on GPUs, none on CPUs.")
+]
+Results = Annotated[Path | None, typer.Option(help="File to append to. [default: evaluation.jsonl by the encoder]")]
+TrainBatch = Annotated[
+    int | None,
+    typer.Option(min=1, help="Images per step over all processes. [default: 4096; less where an epoch has no 8 steps]"),
+]
 
 
 @app.command()
@@ -38,27 +70,39 @@ def knn(
     encoder: EncoderPath,
     train: Train,
     test: Test,
-    size: Size = None,
+    k: Annotated[list[int] | None, typer.Option(min=1, help="Neighbours that vote. [default: 200 and 20]")] = None,
+    temperature: Annotated[float, typer.Option(help="A vote weighs exp(cosine / temperature).")] = 0.1,
+    view: View = None,
     batch_size: BatchSize = 256,
     random_init: RandomInit = False,
     seed: Seed = 0,
-    k: Annotated[list[int] | None, typer.Option(help="Neighbours that vote. [default: 200 and 20]")] = None,
-    temperature: Annotated[float, typer.Option(help="A vote weighs exp(cosine / temperature).")] = 0.1,
+    precision: Precision = "auto",
+    results: Results = None,
 ) -> None:
-    """Weighted k-nearest-neighbour accuracy."""
+    """Weighted k-nearest-neighbour accuracy on frozen features."""
     from tools import one_message
 
-    with one_message("evaluate"):
-        data = encode(encoder, train, test, size, batch_size, random_init, seed)
-        from model.probe import knn as vote
+    with (
+        one_message("evaluate"),
+        session(encoder, [train, test], view, batch_size, random_init, seed, precision, results) as on,
+    ):
+        from model.probe import knn_votes
 
-        found = {
-            f"k={each}": vote(
-                *data.both, k=each, temperature=temperature, num_classes=data.num_classes, device=data.device
+        (bank, bank_labels), (queries, labels) = map(on.features, on.labelled())
+        mine = on.part(len(queries))
+        scores = {}
+        for each in k or [200, 20]:
+            votes = knn_votes(
+                bank,
+                bank_labels,
+                queries[mine],
+                k=each,
+                temperature=temperature,
+                num_classes=on.num_classes,
+                device=on.device,
             )
-            for each in k or [200, 20]
-        }
-        _report("knn", encoder, data, found, {"temperature": temperature})
+            scores[f"k={each}"] = on.accuracy([(votes, labels[mine])])
+        on.report("knn", scores, {"temperature": temperature})
 
 
 @app.command()
@@ -66,94 +110,558 @@ def linear(
     encoder: EncoderPath,
     train: Train,
     test: Test,
-    size: Size = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training set.")] = 90,
+    train_batch: TrainBatch = None,
+    base_lr: Annotated[float, typer.Option(help="Learning rate per 256 images of the batch.")] = 0.1,
+    eval_every: Annotated[int, typer.Option(min=1, help="Epochs between test scores.")] = 10,
+    cached: Annotated[
+        bool,
+        typer.Option(
+            help="One feature per image, of its centre, instead of new crops and flips: minutes, but not B.6."
+        ),
+    ] = False,
+    view: View = None,
     batch_size: BatchSize = 256,
     random_init: RandomInit = False,
     seed: Seed = 0,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the features.")] = 90,
-    base_lr: Annotated[float, typer.Option(help="Learning rate per 256 samples of the batch.")] = 0.1,
-    probe_batch: Annotated[int, typer.Option(min=1, help="Samples per step of the probe.")] = 4096,
+    precision: Precision = "auto",
+    results: Results = None,
 ) -> None:
-    """Accuracy of a linear classifier on features computed once, trained as in the paper (Nesterov SGD, no decay)."""
+    """Linear classifier on the frozen encoder, as in appendix B.6: random crops and flips, Nesterov SGD, no decay."""
+    from tools import one_message
+
+    with (
+        one_message("evaluate"),
+        session(encoder, [train, test], view, batch_size, random_init, seed, precision, results) as on,
+    ):
+        from model.probe import linear_probe, zero_linear
+
+        chosen, queries = on.labelled()
+        recipe = Recipe(epochs, train_batch or usual_batch(chosen.samples), base_lr, eval_every)
+        options = asdict(recipe) | {"seed": seed, "cached": cached}
+        if cached:
+            (inputs, targets), (features, labels) = map(on.features, (chosen, queries))
+            del options["eval_every"]
+            classifier = linear_probe(
+                inputs,
+                targets,
+                num_classes=on.num_classes,
+                epochs=epochs,
+                batch_size=recipe.batch_size,
+                base_lr=base_lr,
+                seed=seed,
+                device=on.device,
+            )
+            mine = on.part(len(features))
+            scores = on.accuracy([(classifier(features[mine].to(on.device)), labels[mine])])
+            on.report("linear", {"linear": scores}, options)
+        else:
+            on.network.requires_grad_(False).eval()
+            on.network.fc = zero_linear(on.network.num_features, on.num_classes)
+            curve = fit(on, "linear", on.network, chosen, queries, recipe)
+            on.report("linear", {"linear": last(curve)}, options, curves={"linear": curve})
+
+
+@app.command()
+def logistic(
+    encoder: EncoderPath,
+    train: Train,
+    test: Test,
+    l2: Annotated[
+        list[float] | None, typer.Option(min=0, help="Try these l2 (1 / C). [default: 45 from 1e-6 to 1e5]")
+    ] = None,
+    validation: Annotated[float, typer.Option(help="Share of each class held out to choose l2 on.")] = 0.2,
+    view: View = None,
+    batch_size: BatchSize = 256,
+    random_init: RandomInit = False,
+    seed: Seed = 0,
+    precision: Precision = "auto",
+    results: Results = None,
+) -> None:
+    """Multinomial logistic regression on cached features, as in appendix B.8: L-BFGS, l2 chosen on held-out samples."""
+    from tools import one_message
+
+    with (
+        one_message("evaluate"),
+        session(encoder, [train, test], view, batch_size, random_init, seed, precision, results) as on,
+    ):
+        import torch
+        from accelerate.utils import gather_object
+
+        from model.probe import correct, logistic_regression
+        from pipeline.subset import stratified
+
+        (inputs, targets), (features, labels) = map(on.features, on.labelled())
+        held = torch.zeros(len(targets), dtype=torch.bool)
+        held[torch.from_numpy(stratified(targets.numpy(), validation, seed))] = True
+        if held.all():
+            raise ValueError(f"--validation {validation} leaves no sample to learn from")
+        queries, answers = inputs[held].to(on.device).double(), targets[held].to(on.device)
+        shared: dict[str, Any] = {"num_classes": on.num_classes, "device": on.device}
+        values = sorted(l2 or [10 ** (-6 + i / 4) for i in range(45)], reverse=True)
+        tried, classifier = [], None  # from the strongest down, each from where the last one ended
+        for each in values[on.rank :: on.world_size]:
+            classifier = logistic_regression(inputs[~held], targets[~held], l2=each, start=classifier, **shared)
+            tried.append((each, int(correct(classifier(queries), answers)[0]) / len(answers)))
+            on.say(f"  l2 {each:<9.3g} {100 * tried[-1][1]:6.2f} % of {len(answers)} held out")
+        tried = sorted(gather_object(tried), reverse=True)
+        best = max(tried, key=lambda pair: pair[1])[0]  # of equals the strongest
+        classifier = logistic_regression(inputs, targets, l2=best, **shared)
+        mine = on.part(len(features))
+        scores = on.accuracy([(classifier(features[mine].to(on.device).double()), labels[mine])])
+        options = {"l2": best, "validation": validation, "seed": seed}
+        on.report("logistic", {"logistic": scores}, options, tried=tried)
+
+
+@app.command()
+def finetune(
+    encoder: EncoderPath,
+    train: Train,
+    test: Test,
+    percent: Annotated[float, typer.Option(help="Share of each class's labels to use, drawn by --seed.")] = 1.0,
+    label_list: Annotated[
+        Path | None, typer.Option(help="Use the samples listed here instead: file names or keys, one per line.")
+    ] = None,
+    from_scratch: Annotated[bool, typer.Option(help="Train fresh weights beside it, in the same way.")] = False,
+    head_layers: Annotated[
+        int, typer.Option(min=0, help="Layers of the run's projection head kept below the classifier; 1 in SimCLRv2.")
+    ] = 0,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Passes over the labels used. [default: 60 below 5 % of them, 30 above]")
+    ] = None,
+    train_batch: TrainBatch = None,
+    base_lr: Annotated[float, typer.Option(help="Learning rate per 256 images of the batch.")] = 0.05,
+    eval_every: Annotated[int, typer.Option(min=1, help="Epochs between test scores.")] = 5,
+    view: View = None,
+    batch_size: BatchSize = 256,
+    random_init: RandomInit = False,
+    seed: Seed = 0,
+    precision: Precision = "auto",
+    results: Results = None,
+) -> None:
+    """Train all of the network on few labels, as in appendix B.5: random crops and flips, no regularisation."""
+    from tools import one_message
+
+    with (
+        one_message("evaluate"),
+        tempfile.TemporaryDirectory() as folder,
+        session(encoder, [train, test], view, batch_size, random_init, seed, precision, results) as on,
+    ):
+        from torch import nn
+
+        from model.probe import zero_linear
+        from pipeline.subset import labels, named, stratified, write_subset
+
+        chosen, queries = on.labelled()
+        if label_list is not None:
+            try:
+                names = label_list.read_text().splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise ValueError(f"--label-list {label_list} cannot be read: {error}") from error
+            chosen = write_subset(chosen, named(chosen, names), Path(folder))
+        elif percent != 100:
+            chosen = write_subset(chosen, stratified(labels(chosen), percent / 100, seed), Path(folder))
+        recipe = Recipe(
+            epochs or (60 if chosen.samples < 0.05 * on.sets[0].samples else 30),
+            train_batch or usual_batch(chosen.samples),
+            base_lr,
+            eval_every,
+        )
+        starts = {"pre-trained" if not random_init else "random": (on.network, head_of(encoder, head_layers))}
+        if from_scratch:
+            starts["from scratch"] = (fresh(on.network, seed), [])
+        curves = {}
+        for name, (network, head) in starts.items():
+            norms = [layer for layer in head if isinstance(layer, nn.BatchNorm1d)]
+            width = norms[-1].num_features if norms else network.num_features
+            network.fc = nn.Sequential(*head, zero_linear(width, on.num_classes))
+            curves[name] = fit(on, name, network.train(), chosen, queries, recipe)
+        on.say("  epoch  " + "  ".join(f"{name:>12}" for name in curves))
+        for rows in zip(*curves.values(), strict=True):
+            on.say(f"  {rows[0]['epoch']:>5}  " + "  ".join(f"{100 * row['top1']:>10.2f} %" for row in rows))
+        options = {
+            "labels": chosen.samples,
+            "percent": percent if label_list is None else None,
+            "label_list": str(label_list) if label_list else None,
+            "subset": chosen.fingerprint,
+            "head_layers": head_layers,
+            **asdict(recipe),
+            "seed": seed,
+        }
+        on.report("finetune", {name: last(curve) for name, curve in curves.items()}, options, curves=curves)
+
+
+@app.command()
+def embed(
+    encoder: EncoderPath,
+    data: Annotated[Path, typer.Argument(help="Shards, labelled or not.")],
+    out: Annotated[Path, typer.Argument(help="New file, .npz or .safetensors.")],
+    dtype: Annotated[Literal["float32", "float16"], typer.Option(help="Type of the features.")] = "float32",
+    view: View = None,
+    batch_size: BatchSize = 256,
+    random_init: RandomInit = False,
+    seed: Seed = 0,
+    precision: Precision = "auto",
+) -> None:
+    """Write features (N, F), labels (N,) if there are any, and keys (N, L), ASCII padded with zeros, to OUT."""
     from tools import one_message
 
     with one_message("evaluate"):
-        data = encode(encoder, train, test, size, batch_size, random_init, seed)
-        from model.probe import linear_probe
+        if out.suffix not in (".npz", ".safetensors"):
+            raise ValueError(f"{out}: expected a name that ends in .npz or .safetensors")
+        if out.exists() or not out.parent.is_dir():
+            raise ValueError(f"{out} exists already" if out.exists() else f"the folder {out.parent} does not exist")
+        with session(encoder, [data], view, batch_size, random_init, seed, precision, out) as on:
+            import numpy as np
+            import torch
 
-        options: dict[str, Any] = {"epochs": epochs, "batch_size": probe_batch, "base_lr": base_lr, "seed": seed}
-        accuracy = linear_probe(*data.both, num_classes=data.num_classes, device=data.device, **options)
-        _report("linear", encoder, data, {"linear": accuracy}, options)
+            from model.checkpoint import write_tensors
+            from pipeline.subset import keys
+
+            (dataset,) = on.sets
+            features, labels = on.features(dataset)
+            names = np.array(keys(dataset), dtype=np.bytes_)
+            tensors = {
+                "features": features.to(getattr(torch, dtype)),
+                "keys": torch.from_numpy(names.view(np.uint8).reshape(len(names), -1)),
+            } | ({"labels": labels} if dataset.labelled else {})
+            if not on.main:
+                return
+            partial = out.with_name(f".{out.name}.tmp")
+            if out.suffix == ".npz":
+                with open(partial, "wb") as file:
+                    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
+                    np.savez(file, about=np.array(json.dumps(on.facts)), **arrays)
+            else:
+                write_tensors(partial, tensors, {"about": json.dumps(on.facts)})
+            os.replace(partial, out)
+            on.say(f"{out}: {', '.join(f'{name} {tuple(tensor.shape)}' for name, tensor in tensors.items())}")
+
+
+# ---- what the commands share ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Features:
-    """Features and labels of both sets: (train features (M, F), labels (M,), test features (Q, F), labels (Q,))."""
+class Recipe:
+    """How `fit` trains; the batch is over all processes, the learning rate base_lr · batch_size / 256."""
 
-    both: "tuple[Tensor, Tensor, Tensor, Tensor]"
-    num_classes: int
-    device: "torch.device"
-    facts: dict[str, Any]
+    epochs: int
+    batch_size: int
+    base_lr: float
+    eval_every: int
 
 
-def encode(
-    encoder: Path, train: Path, test: Path, size: int | None, batch_size: int, random_init: bool, seed: int
-) -> Features:
-    """Both data sets through the frozen encoder, on the GPU where there is one."""
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """An encoder, data sets, and the processes that evaluate the one on the other."""
+
+    accelerator: "Accelerator"
+    network: "Encoder"  # on the device, in evaluation mode
+    views: "ViewConfig"
+    sets: "list[Dataset]"
+    facts: dict[str, Any]  # what the results hold for
+    results: Path
+    batch_size: int
+    seed: int
+    num_threads: int
+    started: float
+
+    @property
+    def device(self) -> "torch.device":
+        return self.accelerator.device
+
+    @property
+    def rank(self) -> int:
+        return self.accelerator.process_index
+
+    @property
+    def world_size(self) -> int:
+        return self.accelerator.num_processes
+
+    @property
+    def main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.sets[0].classes or ())
+
+    def say(self, text: str) -> None:
+        if self.main:
+            typer.echo(text)
+
+    def labelled(self) -> "tuple[Dataset, Dataset]":
+        """The training and the test set. Raises ValueError if they are not labelled alike."""
+        train, test = self.sets
+        if not train.labelled or train.classes != test.classes:
+            raise ValueError(
+                f"{train.root} and {test.root} must be labelled with the same classes; make them from class folders"
+            )
+        return train, test
+
+    def part(self, count: int) -> slice:
+        """This process's share of `count` rows."""
+        return slice(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
+
+    def batches(self, dataset: "Dataset") -> "Iterator[tuple[Tensor, Tensor]]":
+        """This process's part of a data set as (images, labels), prepared for evaluation."""
+        from pipeline.loader import build_eval_loader
+
+        return build_eval_loader(
+            dataset,
+            self.views,
+            self.batch_size,
+            self.device,
+            rank=self.rank,
+            world_size=self.world_size,
+            num_threads=self.num_threads,
+        )
+
+    def features(self, dataset: "Dataset") -> "tuple[Tensor, Tensor]":
+        """Features (N, F) and labels (N,), -1 if none, of all samples in their order, on the CPU of every process."""
+        from model.probe import features
+
+        if dataset.samples < self.world_size:
+            raise ValueError(f"{dataset.root} has {dataset.samples} samples for {self.world_size} processes; use fewer")
+        mine = self.part(dataset.samples)
+        batches, length = self.batches(dataset), -(-(mine.stop - mine.start) // self.batch_size)
+        with self.accelerator.autocast():
+            if self.main:
+                with typer.progressbar(batches, length=length, label=str(dataset.root)) as shown:
+                    found, labels = features(self.network, shown, self.device)
+            else:
+                found, labels = features(self.network, batches, self.device)
+        return gathered(self.accelerator, found), gathered(self.accelerator, labels)
+
+    def accuracy(self, scored: "Iterator[tuple[Tensor, Tensor]] | Sequence[tuple[Tensor, Tensor]]") -> dict[str, float]:
+        """Top-1 and top-5 over all processes, each giving (scores (m, C), labels (m,)) of its own rows."""
+        import torch
+
+        from model.probe import correct
+
+        counts = torch.zeros(3, dtype=torch.int64, device=self.device)
+        for scores, labels in scored:
+            counts[:2] += correct(scores, labels.to(scores.device)).to(self.device)
+            counts[2] += len(labels)
+        top1, top5, rows = self.accelerator.reduce(counts, "sum").tolist()
+        return {"top1": top1 / rows, "top5": top5 / rows}
+
+    def report(self, kind: str, scores: dict[str, dict[str, float]], options: dict[str, Any], **more: Any) -> None:
+        """Print a table and append a line to the results."""
+        import torch
+
+        if not self.main:
+            return
+        typer.echo(f"{self.facts['encoder']}, {self.facts['weights']}")
+        for name, score in scores.items():
+            top5 = f"  top-5 {100 * score['top5']:6.2f} %" if self.num_classes > 5 else ""
+            typer.echo(f"  {name:<12} top-1 {100 * score['top1']:6.2f} %{top5}  of {self.sets[1].samples} test images")
+        row = {
+            "evaluation": kind,
+            "scores": scores,
+            "options": options,
+            **self.facts,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(time.perf_counter() - self.started, 1),
+            "processes": self.world_size,
+            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU",
+            "precision": self.accelerator.mixed_precision,
+            "torch": torch.__version__,
+            **more,
+        }
+        with open(self.results, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        typer.echo(f"  appended to {self.results}")
+
+
+@contextmanager
+def session(
+    encoder: Path,
+    sets: list[Path],
+    view: list[str] | None,
+    batch_size: int,
+    random_init: bool,
+    seed: int,
+    precision: str,
+    results: Path | None,
+) -> Iterator[Session]:
+    """All that a command needs, checked before anything takes time. Raises ValueError for what the caller can mend."""
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    from model.checkpoint import load_encoder, weights_file
+    from pipeline.shards import read_dataset
+    from pipeline.views import make_views, parse_changes
+    from tools import training_of
+
+    file = weights_file(encoder)
+    network = load_encoder(file)
+    views = make_views("imagenet", training_of(file)[0] | parse_changes(view or []))
+    datasets = [read_dataset(path) for path in sets]
+    results = results or file.with_name("evaluation.jsonl")
+    if not os.access(results.parent, os.W_OK):
+        raise ValueError(f"cannot write to {results.parent}: name another file with --results")
+    cuda = torch.cuda.is_available()
+    mixed = ("bf16" if cuda else "no") if precision == "auto" else precision
+    timeout = InitProcessGroupKwargs(timeout=timedelta(hours=1))  # for classifiers that are not equally hard to fit
+    accelerator = Accelerator(cpu=not cuda, mixed_precision=mixed, kwargs_handlers=[timeout])
+    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
+        raise ValueError(
+            f"the launcher started {os.environ['WORLD_SIZE']} processes, but each sees {accelerator.num_processes}; on "
+            "CPUs use accelerate launch --multi_gpu --num_processes N tools/evaluate.py ..."
+        )
+    cores = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if not cuda and accelerator.num_processes > 1:
+        torch.set_num_threads(cores)  # the launcher has set one
+    if random_init:
+        network = fresh(network, seed)
+    with open(file, "rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    facts = {
+        "encoder": f"ResNet-{network.depth}, width {network.width:g}, {network.stem} stem",
+        "weights": f"random, seed {seed}" if random_init else str(file),
+        "sha256": None if random_init else digest,
+        "views": {name: getattr(views, name) for name in ("size", "eval_crop", "interpolation", "mean", "std")},
+    }
+    for name, dataset in zip(("train", "test") if len(sets) == 2 else ("data",), datasets, strict=True):
+        facts[name] = {"name": dataset.root.name, "samples": dataset.samples, "fingerprint": dataset.fingerprint}
+    yield Session(
+        accelerator=accelerator,
+        network=network.to(accelerator.device).to(memory_format=torch.channels_last).eval(),
+        views=views,
+        sets=datasets,
+        facts=facts,
+        results=results,
+        batch_size=batch_size,
+        seed=seed,
+        num_threads=cores,
+        started=time.perf_counter(),
+    )
+    accelerator.end_training()
+
+
+def fit(
+    on: Session, name: str, network: "nn.Module", train: "Dataset", test: "Dataset", recipe: Recipe
+) -> list[dict[str, Any]]:
+    """Train what requires a gradient on random crops and flips; the curve, a row every `eval_every` epochs and at last.
+
+    BatchNorm stays in the mode in which each module comes.
+    """
     import torch
 
-    from model.checkpoint import load_encoder, read_metadata
+    from model.probe import train_classifier
+    from model.schedule import scaled_lr
+    from pipeline.loader import build_loader
+
+    loader = build_loader(
+        train,
+        replace(on.views, jitter_p=0.0, grayscale_p=0.0, blur_p=0.0),
+        recipe.batch_size,
+        on.device,
+        rank=on.rank,
+        world_size=on.world_size,
+        seed=on.seed,
+        num_threads=on.num_threads,
+        half=on.device.type == "cuda" and on.accelerator.mixed_precision == "bf16",
+    )
+    total_steps = recipe.epochs * loader.steps_per_epoch
+    peak_lr = scaled_lr(recipe.base_lr, recipe.batch_size, "linear")
+    on.say(
+        f"{name}: {train.samples} images, batch {recipe.batch_size}, {loader.steps_per_epoch} steps an epoch, "
+        f"{recipe.epochs} epochs, learning rate from {peak_lr:.4g}"
+    )
+    modes = [(module, module.training) for module in network.modules()]
+    model = on.accelerator.prepare(network)
+
+    def batches() -> "Iterator[tuple[Tensor, Tensor]]":
+        for batch in loader:
+            assert batch.labels is not None
+            yield batch.views[: loader.local_batch_size], batch.labels.to(on.device)  # the first of both views
+
+    def score() -> dict[str, float]:
+        # on the network itself: its wrapper would exchange statistics at every batch, and ranks may differ by one
+        if on.world_size > 1:
+            for buffer in network.buffers():
+                torch.distributed.broadcast(buffer, 0)
+        network.eval()
+        with torch.no_grad():
+            found = on.accuracy((network(images), labels) for images, labels in on.batches(test))
+        for module, training in modes:
+            module.training = training
+        return found
+
+    curve: list[dict[str, Any]] = []
+    since, steps = time.perf_counter(), 0  # since the last line
+    training = train_classifier(model, batches(), total_steps=total_steps, peak_lr=peak_lr)
+    for step, (loss, lr) in enumerate(training, 1):
+        epoch, rest = divmod(step, loader.steps_per_epoch)
+        steps += 1
+        due = not rest and (epoch % recipe.eval_every == 0 or epoch == recipe.epochs)
+        if not due and time.perf_counter() - since < PROGRESS_S:
+            continue
+        where = f"  {name} {step}/{total_steps} | epoch {epoch}"
+        rate = steps * recipe.batch_size / (time.perf_counter() - since)
+        if due:
+            mean = on.accelerator.reduce(loss, "mean").item()
+            if not math.isfinite(mean):
+                raise FloatingPointError(
+                    f"{name}: the loss is {mean} in epoch {epoch}; lower --base-lr {recipe.base_lr}"
+                )
+            curve.append({"epoch": epoch, "step": step, "lr": lr, "loss": mean, **score()})
+            on.say(f"{where} | loss {mean:.3f} | img/s {rate:.0f} | top-1 {100 * curve[-1]['top1']:.2f} %")
+        else:
+            on.say(f"{where} | loss {loss.item():.3f} | img/s {rate:.0f}")
+        since, steps = time.perf_counter(), 0
+    return curve
+
+
+def last(curve: list[dict[str, Any]]) -> dict[str, float]:
+    return {name: curve[-1][name] for name in ("top1", "top5")}
+
+
+def gathered(accelerator: "Accelerator", rows: "Tensor") -> "Tensor":
+    """The rows (m, ...) of every process, in the order of the ranks, on the CPU of each."""
+    import torch
+
+    if accelerator.num_processes == 1:
+        return rows
+    counts = accelerator.gather(torch.tensor([len(rows)], device=accelerator.device)).tolist()
+    padded = accelerator.pad_across_processes(rows.to(accelerator.device))
+    parts = accelerator.gather(padded).cpu().split(max(counts))
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def fresh(network: "Encoder", seed: int) -> "Encoder":
+    """The same architecture with new weights."""
+    import torch
+
     from model.encoder import build_encoder
-    from model.probe import features
-    from pipeline.loader import build_eval_loader
-    from pipeline.shards import DatasetError, read_dataset
-    from pipeline.views import make_views
 
-    network = load_encoder(encoder)
-    if random_init:
-        torch.manual_seed(seed)
-        network = build_encoder(
-            network.depth, width=network.width, stem=network.stem, selective_kernel=network.selective_kernel
-        )
-    told = read_metadata(encoder / "encoder.safetensors" if encoder.is_dir() else encoder) or {}
-    changes: dict[str, Any] = {"size": size or told.get("image_size", 224)}
-    if told:
-        interpolation = {"bilinear": "linear", "bicubic": "cubic"}[told["interpolation"]]
-        changes |= {"mean": told["mean"], "std": told["std"], "interpolation": interpolation}
-        changes["eval_crop"] = told["crop_pct"]
-    views = make_views("imagenet", changes)
-    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    network.to(device).to(memory_format=torch.channels_last)
-    sets = [read_dataset(path) for path in (train, test)]
-    for dataset in sets:
-        if not dataset.labelled or dataset.classes != sets[0].classes:
-            raise DatasetError(
-                f"{train} and {test} must be labelled with the same classes; make them from class folders"
-            )
-    found: list[Tensor] = []
-    for dataset in sets:
-        loader = build_eval_loader(dataset, views, batch_size, device, num_threads=len(os.sched_getaffinity(0)))
-        with typer.progressbar(loader, length=-(-dataset.samples // batch_size), label=str(dataset.root)) as batches:
-            found += features(network, batches, device)
-    facts = {
-        "encoder": f"ResNet-{network.depth}, width {network.width:g}, {network.stem} stem"
-        + ", selective kernels" * network.selective_kernel,
-        "weights": f"random, seed {seed}" if random_init else str(encoder),
-        "views": {name: getattr(views, name) for name in ("size", "eval_crop", "interpolation", "mean", "std")},
-        "train": {"samples": sets[0].samples, "fingerprint": sets[0].fingerprint},
-        "test": {"samples": sets[1].samples, "fingerprint": sets[1].fingerprint},
-    }
-    return Features((found[0], found[1], found[2], found[3]), len(sets[0].classes or ()), device, facts)
+    torch.manual_seed(seed)
+    encoder = build_encoder(
+        network.depth, width=network.width, stem=network.stem, selective_kernel=network.selective_kernel
+    )
+    return encoder.to(next(network.parameters()).device).to(memory_format=torch.channels_last)
 
 
-def _report(kind: str, encoder: Path, data: Features, accuracies: dict[str, float], options: dict[str, Any]) -> None:
-    typer.echo(f"{data.facts['encoder']}, {data.facts['weights']}")
-    for name, accuracy in accuracies.items():
-        typer.echo(f"  {name:<8} top-1 {100 * accuracy:6.2f} %  of {data.facts['test']['samples']} test images")
-    random = "-random" if data.facts["weights"].startswith("random") else ""
-    path = (encoder if encoder.is_dir() else encoder.parent) / f"{kind}{random}.json"
-    path.write_text(json.dumps({"top1": accuracies, "options": options, **data.facts}, indent=1))
-    typer.echo(f"  written to {path}")
+def head_of(encoder: Path, layers: int) -> "list[nn.Module]":
+    """The first layers of the projection head that an encoder was trained with. Raises ValueError if it has fewer."""
+    from model.checkpoint import load_head, weights_file
+    from tools import head_file
+
+    if not layers:
+        return []
+    file = head_file(weights_file(encoder))
+    head = list(load_head(file))
+    if len(head) < 3 * layers - 1:  # dense, BatchNorm, ReLU; the last layer has no ReLU
+        raise ValueError(f"--head-layers {layers}: the projection head in {file} has {(len(head) + 1) // 3}")
+    return head[: 3 * layers]
+
+
+def usual_batch(samples: int) -> int:
+    """The paper's batch of 4096, or for a small set the largest power of two that leaves eight steps to an epoch."""
+    return min(4096, 2 ** max(0, (samples // 8).bit_length() - 1))
 
 
 if __name__ == "__main__":

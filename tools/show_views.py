@@ -17,6 +17,9 @@ def show(
     picture: Annotated[Path, typer.Argument(help="PNG to write.")],
     views: Annotated[str, typer.Option(help="Preset: imagenet, cifar or stl10.")] = "imagenet",
     view: Annotated[list[str] | None, typer.Option(help="Change one view option, such as size=96. Repeatable.")] = None,
+    second_view: Annotated[
+        list[str] | None, typer.Option(help="Change one option of the second views alone. Repeatable.")
+    ] = None,
     images: Annotated[int, typer.Option(min=1, help="Rows.")] = 8,
     pairs: Annotated[int, typer.Option(min=1, help="Pairs of views per row.")] = 3,
     seed: Annotated[int, typer.Option(help="Of the first pair's draws; the next pair takes the next seed.")] = 0,
@@ -34,8 +37,10 @@ def show(
 
         config, dataset, device = make_views(views, parse_changes(view or [])), read_dataset(data), torch.device("cpu")
         columns = [next(iter(build_eval_loader(dataset, config, images, device)))[0]]
+        second = make_views(config, parse_changes(second_view or []))
         for pair in range(pairs):
-            batch = next(build_loader(dataset, config, images, device, seed=seed + pair, shuffle=0))
+            loader = build_loader(dataset, config, images, device, seed=seed + pair, shuffle=0, second_views=second)
+            batch = next(loader)
             columns += batch.views.split(images)
         rows = config.pixels(torch.stack(columns, 1).flatten(0, 1))
         picture.parent.mkdir(parents=True, exist_ok=True)

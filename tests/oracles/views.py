@@ -4,10 +4,14 @@ Crops follow torchvision's RandomResizedCrop: the first candidate that fits, els
 ratio. Resizing is the antialiased interpolation of Pillow and torchvision. Brightness, contrast and saturation blend
 with black, the mean grey and the grey image (torchvision's blends), hue turns the chroma in the YIQ plane; here they
 are applied one by one, in a given order, without clipping in between. The blur is a normalised Gaussian of `window`
-taps, mirrored at the border without repeating the edge. Images are (H, W, 3).
+taps, mirrored at the border without repeating the edge. Images are (H, W, 3), in grey levels.
+
+What begins with `authors_` is the TensorFlow code of google-research/simclr (data_util.py) and of the operations it
+calls (sample_distorted_bounding_box, adjust_contrast, adjust_saturation, adjust_hue), in its words, on 0 to 255.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -49,9 +53,13 @@ def keys_cubic(x: Array) -> Array:
 
 
 def resize(
-    image: Array, box: tuple[float, float, float, float], size: tuple[int, int], kernel: str = "linear"
+    image: Array,
+    box: tuple[float, float, float, float],
+    size: tuple[int, int],
+    kernel: str = "linear",
+    antialias: bool = True,
 ) -> Array:
-    """The (top, left, height, width) part of `image` as `size` pixels; the kernel widens when that shrinks it.
+    """The (top, left, height, width) part of `image` as `size` pixels; antialias widens the kernel when that shrinks.
 
     The kernel sees the pixels beside the box. Beyond the image it sees the nearest edge pixel, as DALI does; Pillow and
     torchvision leave those out and renormalise, which differs where the kernel, when shrinking, reaches over the edge.
@@ -60,9 +68,10 @@ def resize(
         start, extent, count = box[axis], box[axis + 2], size[axis]
         step = extent / count
         centre = start + (np.arange(count) + 0.5) * step
-        beyond = 2 + int(2 * max(step, 1))
+        wide = max(step, 1) if antialias else 1
+        beyond = 2 + int(2 * wide)
         pixel = np.arange(-beyond, image.shape[axis] + beyond)
-        weight = {"linear": triangle, "cubic": keys_cubic}[kernel]((pixel + 0.5 - centre[:, None]) / max(step, 1))
+        weight = {"linear": triangle, "cubic": keys_cubic}[kernel]((pixel + 0.5 - centre[:, None]) / wide)
         weight /= weight.sum(1, keepdims=True)
         extended = np.take(image, pixel.clip(0, image.shape[axis] - 1), axis)
         image = np.moveaxis(np.tensordot(weight, extended, (1, axis)), 0, axis)
@@ -106,11 +115,11 @@ def jitter(x: Array, factors: dict[str, float], order: Sequence[str], gray: bool
     return grayscale(x) if gray else x
 
 
-def blur(image: Array, sigma: float, window: int) -> Array:
+def blur(image: Array, sigma: float, window: int, mode: str = "reflect") -> Array:
     radius = window // 2
     taps = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
     taps /= taps.sum()
-    padded = np.pad(image, ((radius, radius), (radius, radius), (0, 0)), "reflect")
+    padded = np.pad(image, ((radius, radius), (radius, radius), (0, 0)), mode)
     height, width, _ = image.shape
     rows = sum(tap * padded[i : i + height] for i, tap in enumerate(taps))
     return np.asarray(sum(tap * rows[:, i : i + width] for i, tap in enumerate(taps)))
@@ -133,3 +142,107 @@ def centre_crop(image: Array, size: int, shorter: int, kernel: str = "linear") -
     image = resize(image, ((height - seen[0]) / 2, (width - seen[1]) / 2, *seen), target, kernel)
     top, left = int((target[0] - size) / 2 + 0.5), int((target[1] - size) / 2 + 0.5)
     return image[top : top + size, left : left + size]
+
+
+def authors_crop(
+    height: int, width: int, ratios: Sequence[float], shares: Sequence[float], offset: Array
+) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of sample_distorted_bounding_box with area (0.08, 1) and 0.1 of the image covered.
+
+    Each attempt takes a ratio and, for the height, a share in [0, 1) of the integers it may be; offset is (y, x).
+    """
+    for ratio, share in zip(ratios, shares, strict=True):
+        least, most = 0.08 * height * width, 1.0 * height * width
+        h, highest = round(math.sqrt(least / ratio)), round(math.sqrt(most / ratio))
+        if round(highest * ratio) > width:
+            highest = int((width + 0.5 - 1e-7) / ratio)
+            if round(highest * ratio) > width:
+                highest -= 1
+        highest = min(highest, height)
+        h = min(h, highest)
+        h += int(share * (highest - h + 1))
+        w = round(h * ratio)
+        if h * w < least:
+            h += 1
+            w = round(h * ratio)
+        if h * w > most:
+            h -= 1
+            w = round(h * ratio)
+        if least <= h * w <= most and 0 < w <= width and 0 < h <= height and h * w >= 0.1 * height * width:
+            return int(offset[0] * (height - h)), int(offset[1] * (width - w)), h, w
+    return 0, 0, height, width
+
+
+def authors_contrast(x: Array, factor: float) -> Array:
+    mean = x.mean((0, 1))
+    return (x - mean) * factor + mean
+
+
+def _to_hsv(x: Array) -> tuple[Array, Array, Array]:
+    value, least = x.max(-1), x.min(-1)
+    chroma = value - least
+    safe = np.where(chroma > 0, chroma, 1)
+    r, g, b = np.moveaxis(x, -1, 0)
+    hue = np.select([r == value, g == value], [(g - b) / safe, 2 + (b - r) / safe], 4 + (r - g) / safe)
+    hue = np.where(chroma > 0, hue % 6, 0)
+    return hue, np.where(value > 0, chroma / np.where(value > 0, value, 1), 0), value
+
+
+def _from_hsv(hue: Array, saturation: Array, value: Array) -> Array:
+    chroma = saturation * value
+    sector, least = np.floor(hue).astype(int) % 6, value - chroma
+    rising = least + chroma * (hue - np.floor(hue))
+    falling = value - chroma * (hue - np.floor(hue))
+    table = [
+        (value, rising, least),
+        (falling, value, least),
+        (least, value, rising),
+        (least, falling, value),
+        (rising, least, value),
+        (value, least, falling),
+    ]
+    return np.stack([np.choose(sector, [row[channel] for row in table]) for channel in range(3)], -1)
+
+
+def authors_saturation(x: Array, factor: float) -> Array:
+    hue, saturation, value = _to_hsv(x)
+    return _from_hsv(hue, (saturation * factor).clip(0, 1), value)
+
+
+def authors_hue(x: Array, turns: float) -> Array:
+    hue, saturation, value = _to_hsv(x)
+    return _from_hsv((hue + 6 * turns) % 6, saturation, value)
+
+
+AUTHORS_OPERATIONS: tuple[Callable[[Array, float], Array], ...] = (
+    brightness,
+    authors_contrast,
+    authors_saturation,
+    authors_hue,
+)
+
+
+def authors_colour(x: Array, factors: Sequence[float], order: Sequence[int], gray: bool) -> Array:
+    """color_jitter_rand and to_grayscale: clipped after every operation; 4 in `order` stands for none."""
+    for operation in order:
+        if operation < 4:
+            x = AUTHORS_OPERATIONS[operation](x, float(factors[operation])).clip(0, 255)
+    if gray:
+        x = np.repeat((x @ (0.2989, 0.587, 0.114))[..., None], 3, -1)
+    return x.clip(0, 255)
+
+
+def solarize(image: Array) -> Array:
+    return np.where(image < 128, image, 255 - image)
+
+
+def sobel(image: Array) -> Array:
+    """Gradient magnitude, a quarter of the usual kernels' sum, so that a straight edge of d levels gives d."""
+    padded = np.pad(image, ((1, 1), (1, 1), (0, 0)), "reflect")
+    right, down = np.zeros_like(image), np.zeros_like(image)
+    height, width, _ = image.shape
+    for i, j in itertools.product((-1, 0, 1), repeat=2):
+        part = padded[1 + i : 1 + i + height, 1 + j : 1 + j + width]
+        right += j * (2 - abs(i)) * part / 4
+        down += i * (2 - abs(j)) * part / 4
+    return np.hypot(right, down)

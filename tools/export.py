@@ -1,0 +1,203 @@
+"""Make an encoder ready to be given away: one folder that timm and model hubs take, with a card that says what it is.
+
+    python tools/export.py RUN OUT                                 the encoder of a finished run
+    python tools/export.py RUN/checkpoints/step-0000500 OUT        of one that is not, stripped of all else
+    python tools/export.py FILE OUT --names torchvision            other people's, under plain names
+
+OUT/model.safetensors holds the weights, OUT/config.json what timm needs ("local-dir:OUT"), where it has the
+architecture, and OUT/README.md the card: how to load it and prepare images, what it was trained on and how, and what
+tools/evaluate.py found for exactly these weights. OUT appears when it is complete, and is never overwritten.
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from model.encoder import Encoder
+    from pipeline.views import ViewConfig
+
+app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
+
+
+@app.command()
+def export(
+    encoder: Annotated[Path, typer.Argument(help="Run, encoder folder, checkpoint or safetensors file.")],
+    out: Annotated[Path, typer.Argument(help="New folder.")],
+    dtype: Annotated[Literal["float32", "float16", "bfloat16"], typer.Option(help="Type of the weights.")] = "float32",
+    head: Annotated[bool, typer.Option(help="Write the projection head too, as head.safetensors.")] = False,
+    names: Annotated[
+        Literal["torchvision", "timm", "lightly", "solo-learn"], typer.Option(help="Whose key names to use.")
+    ] = "torchvision",
+    license: Annotated[str, typer.Option(help="Licence of the weights, as the card names it.")] = "unknown",
+    dataset: Annotated[str, typer.Option(help="Name of the training images, for the card.")] = "",
+    view: Annotated[
+        list[str] | None, typer.Option(help="Say how images are prepared, such as size=96. [default: as the file says]")
+    ] = None,
+) -> None:
+    """Write an encoder, its configuration for timm, and its model card to a new folder."""
+    from tools import one_message
+
+    with one_message("export"):
+        import torch
+
+        from model.checkpoint import export_encoder, load_encoder, load_head, save_head, weights_file
+        from pipeline.views import make_views, parse_changes
+        from pipeline.write import publish
+        from tools import head_file, training_of
+
+        file = weights_file(encoder)
+        network = load_encoder(file)
+        prepared, training = training_of(file)
+        views = make_views("imagenet", prepared | parse_changes(view or []))
+        kept = load_head(head_file(file)) if head else None
+        precision = getattr(torch, dtype)
+        with publish(out) as folder:
+            export_encoder(
+                folder,
+                network,
+                image_size=views.size,
+                mean=views.mean,
+                std=views.std,
+                interpolation={"linear": "bilinear", "cubic": "bicubic"}[views.interpolation],
+                crop_pct=views.eval_crop,
+                training=training,
+                file="model.safetensors",
+                dtype=precision,
+                names=names,
+            )
+            if kept:
+                save_head(folder / "head.safetensors", kept.to(precision))
+            timm = (folder / "config.json").exists()
+            results = results_of(file, training.get("steps"))
+            text = card(out.resolve().name, network, views, training, results, names, timm, license, dataset)
+            (folder / "README.md").write_text(text)
+            written = sorted(path.name for path in folder.iterdir())
+        typer.echo(f"{out}: {', '.join(written)}")
+
+
+def results_of(weights: Path, steps: int | None) -> list[tuple[str, str, str]]:
+    """(evaluation, top-1, top-5) of exactly these weights: their run's kNN, and what evaluation.jsonl says beside them.
+
+    The run's kNN is that of the start and of `steps`, which is where these weights stand.
+    """
+    found = []
+    metrics, rows = weights.parent.parent / "metrics.jsonl", weights.with_name("evaluation.jsonl")
+    for row in map(json.loads, metrics.read_text().splitlines() if metrics.is_file() else []):
+        if "knn" in row and row["step"] in (0, steps):
+            found.append((f"kNN in training, step {row['step']}", _percent(row["knn"]), ""))
+    with open(weights, "rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    for row in map(json.loads, rows.read_text().splitlines() if rows.is_file() else []):
+        if row["sha256"] != digest:
+            continue
+        options, kind = row["options"], row["evaluation"]
+        how = {"cached": "cached features", "labels": f"{options.get('labels')} labels", "l2": "l2 swept"}
+        words = [text for name, text in how.items() if options.get(name)]
+        words += [f"{row['train']['name']} to {row['test']['name']}"]
+        for name, scores in row["scores"].items():
+            if name != "from scratch":  # other weights
+                what = ", ".join([kind, *([name] if name not in (kind, "pre-trained") else []), *words])
+                found.append((what, _percent(scores["top1"]), _percent(scores["top5"])))
+    return found
+
+
+def card(
+    title: str,
+    network: "Encoder",
+    views: "ViewConfig",
+    training: dict[str, Any],
+    results: list[tuple[str, str, str]],
+    names: str,
+    timm: bool,
+    license: str,
+    dataset: str,
+) -> str:
+    """The model card, markdown under YAML; only what is known is in it."""
+    depth, millions = network.depth, sum(param.numel() for param in network.parameters()) / 1e6
+    tags = [*(["simclr", "self-supervised"] if training else []), *(["timm"] if timm else [])]
+    head = {"license": license, "library_name": "timm" if timm else "swiftclr", "tags": tags}
+    head["pipeline_tag"] = "image-feature-extraction"
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", "", f"# {title}", ""]
+    lines += [
+        f"A ResNet-{depth} encoder (width {network.width:g}, {network.stem} stem, {millions:.1f} M parameters) without "
+        f"classifier: images to {network.num_features} features"
+        + (", trained without labels by SimCLR (arXiv:2002.05709)." if training else "."),
+        "",
+        "## Use",
+        "",
+        "```python",
+    ]
+    if timm:
+        lines += [
+            "import timm, torchvision",
+            "from safetensors.torch import load_file",
+            'model = timm.create_model("local-dir:FOLDER", pretrained=True)',
+            f"model = torchvision.models.resnet{depth}()",
+            'model.load_state_dict(load_file("FOLDER/model.safetensors"), strict=False)  # fc is missing',
+        ]
+    elif network.width == 1 and names in ("torchvision", "timm"):
+        lines += [
+            "import torch, torchvision",
+            "from safetensors.torch import load_file",
+            f"model = torchvision.models.resnet{depth}()",
+            "model.conv1 = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False)",
+            "model.maxpool = torch.nn.Identity()",
+            'model.load_state_dict(load_file("FOLDER/model.safetensors"), strict=False)  # fc is missing',
+        ]
+    else:
+        lines += [
+            "from model.checkpoint import load_encoder  # of SwiftCLR",
+            'model = load_encoder("FOLDER")',
+        ]
+    resized = round(views.size / views.eval_crop)
+    smoothly = {"linear": "bilinearly", "cubic": "bicubically"}[views.interpolation]
+    lines += [
+        "```",
+        "",
+        f"Images: shorter side resized to {resized} px ({smoothly}, antialiased), the central {views.size} px square, "
+        f"pixels in 0 to 1 less {_numbers(views.mean)}, divided by {_numbers(views.std)} (R, G, B).",
+        "",
+        "## Training",
+        "",
+    ]
+    config = training.get("config", {})
+    told = {"images": dataset or "unnamed", "steps": training.get("steps"), "recipe": training.get("recipe")}
+    told |= {"shards' fingerprint": training.get("dataset")} | {
+        k: v for k, v in config.items() if k not in ("steps", "views")
+    }
+    told |= {f"views: {name}": value for name, value in config.get("views", {}).items()}
+    rows = [f"| {name} | {value} |" for name, value in told.items() if value not in (None, "")]
+    if training:
+        lines += ["| what | value |", "|---|---|", *rows, ""]
+    else:
+        lines += ["The file that these weights came from does not say how they were trained.", ""]
+    lines += ["## Results", ""]
+    if results:
+        lines += ["| evaluation | top-1 | top-5 |", "|---|---|---|", *(f"| {' | '.join(each)} |" for each in results)]
+    else:
+        lines += ["None measured."]
+    lines += [
+        "",
+        "## Licence",
+        "",
+        f"Of the weights: {license}. The licence of the training images may limit their use.",
+    ]
+    return "\n".join([*lines, ""])
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository instead of tools/, as with python -m
+    app()
