@@ -58,6 +58,7 @@ from train import RECIPES, Setup, TrainConfig, build_accelerator, build_training
 
 BATCH_SIZES = (256, 512, 1024, 2048, 4096, 8192)
 ENOUGH = 0.97  # together / synthetic from which on the model limits
+QUEUED = 4  # micro-batches, at least as many as the loader holds ready
 WASTE = 0.01  # of an epoch may be read and dropped at its end
 OURS = "ours"
 
@@ -191,7 +192,7 @@ def stage_costs(config: TrainConfig, seconds: float) -> dict[str, float]:
     task = Task(
         shards=Path(config.data),
         views=config.views,
-        batch_size=min(256, dataset.samples),
+        batch_size=min(16, dataset.samples),  # many to a turn, so that what was ready at its start does not count
         threads=config.num_threads,
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
@@ -231,17 +232,19 @@ def measure(config: TrainConfig, budget: float) -> dict[str, Any]:
         for _ in range(2):
             load()
             warm = turn(lambda: step(short, itertools.repeat(synthetic, few)), 1, cuda)[0]
-        load_ms = statistics.median(turn(load, 3, cuda))
         turn_ms = 1e3 * budget / (3 * ROUNDS)
         step_ms = largest(warm) * plan.count / few
-        loads, steps = (max(1, math.ceil(turn_ms / ms)) for ms in (largest(load_ms), step_ms))
+        steps = max(1, math.ceil(turn_ms / step_ms))
         rounds = max(1, min(ROUNDS, int(1e3 * budget / (turn_ms + 2 * steps * step_ms))))
 
         rates: dict[str, list[float]] = {"loader": [], "synthetic": [], "together": []}
         step_times, readings = list[float](), list[Any]()
         waited = 0.0
         for _ in range(rounds):
-            took = sum(turn(load, loads, cuda))
+            turn(load, QUEUED, cuda)  # what waited in its queue was not made in this turn
+            loads, took = 0, 0.0
+            while took < turn_ms:
+                loads, took = loads + QUEUED, took + sum(turn(load, QUEUED, cuda))
             rates["loader"].append(1e3 * loads * plan.micro_batch / took)
             settle()  # or the loader fills its queue in the next one's turn
             took = sum(turn(compute, steps, cuda))
@@ -350,7 +353,7 @@ class Sweep:
         says = efficiency = ""
         if status == "ok":
             if self.ranks.rank == 0 and found["ratio"] < ENOUGH and not self.stage_ms:
-                self.stage_ms = stage_costs(config, self.budget / 6)
+                self.stage_ms = stage_costs(config, 10.0)
             says = verdict(found["ratio"], self.stage_ms) if self.ranks.rank == 0 else ""
             if self.ranks.world_size > 1:
                 efficiency = self.efficiency(config, found["together_images_per_s"])

@@ -128,7 +128,7 @@ def test_the_stage_that_costs_most_is_found(config: TrainConfig, tmp_path: Path)
 
 
 def test_the_sweep_trains_with_the_step_that_trains(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it times is the weights' own gradient and update, and a learning rate of 0 keeps them as they are."""
+    """Every micro-batch goes through train.py's step, and a learning rate of 0 keeps the weights as they are."""
     with sweep.prepared(config) as (_, setup, loader, synthetic):
         assert synthetic.shape == (32, 3, 16, 16)
         assert (setup.plan.micro_batch, setup.plan.count) == (16, 2)
@@ -136,7 +136,6 @@ def test_the_sweep_trains_with_the_step_that_trains(config: TrainConfig, monkeyp
         views = (batch.views for batch in itertools.islice(loader, 2))
         sweep.step(setup, views)
         assert all(torch.equal(p, q) for p, q in zip(setup.network.parameters(), before, strict=True))
-        assert all(state["momentum_buffer"].abs().sum() >= 0 for state in setup.optimizer.state.values())
         seen = []
         monkeypatch.setattr(sweep, "train_step", lambda *given, **options: seen.append((list(given[2]), options)))
         sweep.step(setup, itertools.repeat(synthetic))
@@ -218,14 +217,6 @@ def ask_for_too_much() -> dict[str, Any]:
     return {"tensor": torch.empty(2**50, dtype=torch.uint8)}
 
 
-def overflow_a_gpu() -> dict[str, Any]:
-    raise torch.OutOfMemoryError("CUDA ran out")
-
-
-def break_off() -> dict[str, Any]:
-    raise KeyError("a\nreason")
-
-
 def leave() -> dict[str, Any]:
     os._exit(7)
 
@@ -239,8 +230,6 @@ def answer() -> dict[str, Any]:
     [
         (die, "out of memory"),
         (ask_for_too_much, "out of memory"),
-        (overflow_a_gpu, "out of memory"),
-        (break_off, "failed: KeyError: 'a\\nreason'"),
         (leave, "failed: exit code 7"),
     ],
 )
@@ -258,7 +247,8 @@ def test_a_child_is_a_process_of_its_own_and_the_first_to_be_killed() -> None:
 def test_what_does_not_fit_the_plan_is_out_of_memory() -> None:
     text = "1 image(s) of (3, 224, 224) in one micro-batch do not fit the 10 MiB that are free on cuda:0"
     assert failure(ValueError(text)) == "out of memory"
-    assert failure(ValueError("another")) == "failed: ValueError: another"
+    assert failure(torch.OutOfMemoryError("CUDA ran out")) == "out of memory"
+    assert failure(ValueError("another\nreason")) == "failed: ValueError: another reason"
 
 
 # ------------------------------------------------------------------------------------------- check, profile, readings
