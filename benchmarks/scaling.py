@@ -241,7 +241,7 @@ def plot(predictions: Sequence[Prediction], title: str, path: Path) -> None:
 def main(
     batch_size: Annotated[int, typer.Option(help="images per step, over all processes")] = 4096,
     processes: Annotated[list[int] | None, typer.Option(help="default 1, 2, 4 ... 1024")] = None,
-    device: Annotated[str, typer.Option(help="whose records: cuda, cpu")] = "cuda",
+    device: Annotated[Literal["cuda", "cpu"], typer.Option(help="whose records")] = "cuda",
     depth: Annotated[int, typer.Option(help="of the ResNet")] = 50,
     size: Annotated[int, typer.Option(help="of the views in px")] = 224,
     precision: Annotated[str, typer.Option(help="of the step: bf16, fp32")] = "bf16",
