@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor, nn
 
+    from model.encoder import Encoder
+    from model.large_batch import Plan
+    from model.simclr import SimCLR
     from pipeline.shards import Dataset
 
 KNN_BANK = 100_000  # samples that vote in the kNN of a running training; shards are shuffled, so the first ones serve
@@ -263,6 +266,99 @@ def build_optimizer(
     return sgd
 
 
+class Setup(NamedTuple):
+    """What a configuration trains, on this process's device."""
+
+    encoder: "Encoder"
+    network: "SimCLR"  # encoder and head
+    model: "nn.Module"  # network as the processes share it
+    optimizer: "torch.optim.Optimizer"
+    peak_lr: float
+    plan: "Plan"
+    dim: int  # columns of z
+    loss_of: "Callable[[Tensor], Tensor]"
+    half: bool  # views are float16
+    compiled: bool
+
+
+def share_of_cores() -> int:
+    """Of this process among those that were launched on this machine."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def build_accelerator(config: TrainConfig) -> "Accelerator":
+    """The processes that were launched, on GPUs where there are any. RunError where they do not see each other."""
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision=config.precision,
+        log_with=config.track or None,
+        project_dir=".",  # the run folder, once it is known
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(minutes=10)),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+        ],
+    )
+    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
+        raise RunError(
+            f"the launcher started {os.environ['WORLD_SIZE']} processes, but each sees {accelerator.num_processes}; on "
+            "CPUs use accelerate launch --multi_gpu --num_processes N train.py ..."
+        )
+    if config.sync_bn and accelerator.device.type != "cuda":
+        raise RunError("--sync-bn needs GPUs: torch's SyncBatchNorm does not exchange statistics between CPU processes")
+    return accelerator
+
+
+def build_training(config: TrainConfig, accelerator: "Accelerator") -> Setup:
+    """Network, optimizer, loss and the micro-batches that fit, all as `config` says; its seed becomes torch's."""
+    import torch
+    import torch.distributed as dist
+    from torch import Tensor, nn
+
+    from model.encoder import build_encoder
+    from model.large_batch import plan
+    from model.lars import param_groups
+    from model.nt_xent import nt_xent
+    from model.schedule import scaled_lr
+    from model.simclr import ProjectionHead, SimCLR
+
+    device, world_size = accelerator.device, accelerator.num_processes
+    group = dist.group.WORLD if world_size > 1 else None
+    torch.manual_seed(config.seed)
+    stem: Any = ("small" if config.views.size <= 64 else "standard") if config.stem == "auto" else config.stem
+    encoder = build_encoder(config.depth, width=config.width, stem=stem, selective_kernel=config.selective_kernel)
+    head = ProjectionHead(encoder.num_features, kind=config.head, out_features=config.projection_dim)
+    network = SimCLR(encoder, head).to(device).to(memory_format=torch.channels_last)
+    if config.sync_bn:
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    model = accelerator.prepare(network)
+    groups = param_groups(network, config.weight_decay)
+    peak = scaled_lr(config.base_lr, config.batch_size, config.lr_scaling)
+    optimizer = build_optimizer(config.optimizer, groups, lr=peak, momentum=config.momentum)
+    half = device.type == "cuda" and config.precision != "no"
+    whole = plan(
+        network,
+        max(1, config.batch_size // world_size),
+        torch.empty(
+            1, 3, config.views.size, config.views.size, dtype=torch.half if half else torch.float, device=device
+        ),
+        micro_batch=config.micro_batch,
+        keep=config.keep_graphs,
+        agree=lambda number: int(accelerator.gather(torch.tensor([number], device=device)).min()),
+    )
+    compiled = config.compile == "on" or (config.compile == "auto" and device.type in COMPILE_WINS)
+    if compiled:  # in place, around DDP, which splits the graph at its buckets; names in state dicts stay
+        model.compile(dynamic=False)
+
+    def loss_of(z: Tensor) -> Tensor:
+        return nt_xent(z, config.temperature, group=group, impl=config.loss)
+
+    return Setup(encoder, network, model, optimizer, peak, whole, head.out_features, loss_of, half, compiled)
+
+
 def train(
     config: TrainConfig,
     *,
@@ -278,23 +374,12 @@ def train(
     step; LoaderError, FloatingPointError or OSError for what goes wrong on the way, Preempted after a signal.
     """
     import torch
-    import torch.distributed as dist
-    from accelerate import Accelerator
-    from accelerate.utils import (
-        DistributedDataParallelKwargs,
-        InitProcessGroupKwargs,
-        broadcast_object_list,
-        gather_object,
-    )
-    from torch import Tensor, nn
+    from accelerate.utils import broadcast_object_list, gather_object
+    from torch import Tensor
 
     from model import checkpoint
-    from model.encoder import build_encoder
-    from model.large_batch import plan
-    from model.lars import param_groups
-    from model.nt_xent import nt_xent, resolve
-    from model.schedule import learning_rate, scaled_lr, warmup_steps
-    from model.simclr import ProjectionHead, SimCLR
+    from model.nt_xent import resolve
+    from model.schedule import learning_rate, warmup_steps
     from pipeline.loader import build_loader
     from pipeline.shards import read_dataset
 
@@ -304,30 +389,13 @@ def train(
     if resume and out is None:
         raise RunError("--resume needs --out, the run folder to go on in")
     cuda = torch.cuda.is_available()
-    accelerator = Accelerator(
-        cpu=not cuda,
-        mixed_precision=config.precision,
-        log_with=config.track or None,
-        project_dir=".",  # the run folder, once it is known
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(minutes=10)),
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
-        ],
-    )
+    accelerator = build_accelerator(config)
     world_size, rank, main, device = (
         accelerator.num_processes,
         accelerator.process_index,
         accelerator.is_main_process,
         accelerator.device,
     )
-    if world_size != int(os.environ.get("WORLD_SIZE", 1)):
-        raise RunError(
-            f"the launcher started {os.environ['WORLD_SIZE']} processes, but each sees {world_size}; on CPUs use "
-            "accelerate launch --multi_gpu --num_processes N train.py ..."
-        )
-    if config.sync_bn and not cuda:
-        raise RunError("--sync-bn needs GPUs: torch's SyncBatchNorm does not exchange statistics between CPU processes")
-    group = dist.group.WORLD if world_size > 1 else None
     out = broadcast_object_list([out or next_free(Path("runs") / recipe)])[0]
     assert out is not None
     accelerator.project_configuration.project_dir = accelerator.project_configuration.logging_dir = str(out)
@@ -352,7 +420,7 @@ def train(
         raise RunError(f"kNN needs labels, of the same classes in {config.data} and {config.eval_data}")
     if config.knn_every and not queries:
         raise RunError("--knn-every needs --eval-data, labelled shards to query with")
-    cores = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    cores = share_of_cores()
     num_threads = config.num_threads or cores
     if not cuda:  # the launcher sets OMP_NUM_THREADS=1; sums depend on the number, so a resumed run must have the same
         config = replace(config, cpu_threads=config.cpu_threads or cores)
@@ -369,32 +437,10 @@ def train(
             )
 
     # Model
-    torch.manual_seed(config.seed)
-    stem: Any = ("small" if config.views.size <= 64 else "standard") if config.stem == "auto" else config.stem
-    encoder = build_encoder(config.depth, width=config.width, stem=stem, selective_kernel=config.selective_kernel)
-    head = ProjectionHead(encoder.num_features, kind=config.head, out_features=config.projection_dim)
-    network: nn.Module = SimCLR(encoder, head).to(device).to(memory_format=torch.channels_last)
-    if config.sync_bn:
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    model = accelerator.prepare(network)
-    groups = param_groups(network, config.weight_decay)
-    peak = scaled_lr(config.base_lr, config.batch_size, config.lr_scaling)
-    optimizer = build_optimizer(config.optimizer, groups, lr=peak, momentum=config.momentum)
-    half = cuda and config.precision != "no"
-    whole = plan(
-        network,
-        max(1, config.batch_size // world_size),
-        torch.empty(
-            1, 3, config.views.size, config.views.size, dtype=torch.half if half else torch.float, device=device
-        ),
-        micro_batch=config.micro_batch,
-        keep=config.keep_graphs,
-        agree=lambda number: int(accelerator.gather(torch.tensor([number], device=device)).min()),
-    )
+    setup = build_training(config, accelerator)
+    encoder, network, model, optimizer = setup.encoder, setup.network, setup.model, setup.optimizer
+    whole, half, peak, loss_of = setup.plan, setup.half, setup.peak_lr, setup.loss_of
     config = replace(config, micro_batch=whole.micro_batch)  # BatchNorm's statistics depend on it
-    compiled = config.compile == "on" or (config.compile == "auto" and device.type in COMPILE_WINS)
-    if compiled:  # in place, around DDP, which splits the graph at its buckets; names in state dicts stay
-        model.compile(dynamic=False)
     loader = build_loader(
         dataset,
         config.views,
@@ -411,10 +457,7 @@ def train(
     total_steps = config.steps or config.epochs * loader.steps_per_epoch
     warmup = min(warmup_steps(config.warmup_epochs, dataset.samples, config.batch_size), total_steps)
     rows = 2 * loader.local_batch_size
-    impl = resolve(config.loss, device, rows=rows, dim=head.out_features, temperature=config.temperature)
-
-    def loss_of(z: Tensor) -> Tensor:
-        return nt_xent(z, config.temperature, group=group, impl=config.loss)
+    impl = resolve(config.loss, device, rows=rows, dim=setup.dim, temperature=config.temperature)
 
     # Start, or go on
     step = 0
@@ -430,7 +473,7 @@ def train(
     accelerator.print(
         f"swiftclr {recipe}: {out}, step {step} of {total_steps}\n"
         f"  processes  {world_size} on {where}, precision {accelerator.mixed_precision}, "
-        f"{'compiled' if compiled else 'eager'}, DALI threads {num_threads}\n"
+        f"{'compiled' if setup.compiled else 'eager'}, DALI threads {num_threads}\n"
         f"  data       {config.data}: {dataset.samples} samples in {len(dataset.shards)} shards\n"
         f"  batch      {config.batch_size} images, {loader.local_batch_size} per process"
         + (f" in {whole.count} micro-batches of {whole.micro_batch}" if whole.count > 1 else "")

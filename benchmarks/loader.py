@@ -39,7 +39,7 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.measure import RECORDS, Timing, append, cpu_seconds, environment, held_mib, timing
+from benchmarks.measure import RECORDS, Timing, append, cpu_seconds, environment, held_mib, peak_host_mib, timing
 from pipeline.loader import SHUFFLE, build_loader
 from pipeline.shards import Dataset, read_dataset
 from pipeline.views import ViewConfig, make_views, parse_changes
@@ -436,18 +436,19 @@ class Turn:
     images: int
     wall_s: float
     cpu_s: float
+    peak_host_mib: float
 
 
-def take_turn(batches: Batches, seconds: float, threads: int) -> Turn:
-    """Batches for so many seconds, then up to a multiple of the workers: they tend to finish theirs together."""
+def take_turn(batches: Batches, seconds: float, multiple: int) -> Turn:
+    """Batches for so many seconds, then up to a multiple: workers tend to finish theirs together."""
     images, start, cpu = 0, time.perf_counter(), cpu_seconds()
     for count in itertools.count():
-        if time.perf_counter() - start >= seconds and count and count % threads == 0:
+        if time.perf_counter() - start >= seconds and count and count % multiple == 0:
             break
         images += next(batches)[0]
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return Turn(images, time.perf_counter() - start, cpu_seconds() - cpu)
+    return Turn(images, time.perf_counter() - start, cpu_seconds() - cpu, peak_host_mib())
 
 
 def interleaved(runs: dict[str, tuple[str, Task]], seconds: float) -> dict[str, tuple[Timing, Timing]]:
@@ -465,14 +466,21 @@ def interleaved(runs: dict[str, tuple[str, Task]], seconds: float) -> dict[str, 
 
 
 @contextlib.contextmanager
-def standing_still(name: str, task: Task) -> Iterator[Callable[[float], Turn]]:
+def standing_still(
+    name: str, task: Task, batches: Callable[[Task], Batches] | None = None, *, multiple: int | None = None
+) -> Iterator[Callable[[float], Turn]]:
     """A loader in a process of its own that moves only while the function given is called; raises RuntimeError.
+
+    It is the one of STAGES or PEERS of that name, or `batches`, which a new process must be able to import. A turn ends
+    with a multiple of so many batches, by default of the workers' number.
 
     In between, its process group is stopped: no queue is filled in another's turn, and none starts a turn full.
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=_serve, args=(name, task, there))
+    process = context.Process(
+        target=_serve, args=(batches or (STAGES | PEERS)[name], task, there, multiple or task.threads)
+    )
     process.start()
     there.close()
 
@@ -503,16 +511,16 @@ def standing_still(name: str, task: Task) -> Iterator[Callable[[float], Turn]]:
         process.join()
 
 
-def _serve(name: str, task: Task, link: Connection) -> None:
+def _serve(make: Callable[[Task], Batches], task: Task, link: Connection, multiple: int) -> None:
     os.setpgid(0, 0)
     if task.device == "cpu":
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: task.threads])
     torch.set_num_threads(task.threads)
     link.send(os.getpid())
     try:
-        batches = (STAGES | PEERS)[name](task)
+        batches = make(task)
         while True:
-            link.send(take_turn(batches, link.recv(), task.threads))
+            link.send(take_turn(batches, link.recv(), multiple))
     except (EOFError, BrokenPipeError):  # the benchmark has ended
         return
     except Exception as error:

@@ -5,12 +5,15 @@ time_interleaved({name: f}) -> {name: ms}   all contestants in turn, so that a b
 peak_extra_mib(f) -> float                  most memory in use during f() above what was in use before
 count_kernels(f) -> int                     kernels that f() launches on a GPU, by the profiler
 held_mib() -> float                         memory in use now: of the GPU where there is one, else of this process
+peak_host_mib() -> float                    most that this process and its workers have been resident with, so far
+gpu_watch() -> [Reading]                    utilisation and power while its block ran, as the driver tells
 cpu_seconds() -> float                      processor time of this process and of its workers, so far
 append(record, rows)                        rows are added to a CSV, never edited
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import ctypes
 import datetime
@@ -19,11 +22,12 @@ import itertools
 import multiprocessing
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -148,6 +152,51 @@ def held_mib() -> float:
     return _resident_mib("VmRSS")
 
 
+def peak_host_mib() -> float:
+    """MiB: the most that this process has had resident, and each of its multiprocessing workers (Linux only).
+
+    Pages that they share count once for each.
+    """
+    workers = (str(worker.pid) for worker in multiprocessing.active_children())
+    return sum(_resident_mib("VmHWM", process) for process in ("self", *workers))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What nvidia-smi says of one GPU at one moment."""
+
+    utilisation_percent: float
+    power_w: float
+
+
+@contextlib.contextmanager
+def gpu_watch() -> Iterator[list[Reading]]:
+    """The current GPU, five times a second; filled when the block ends, and empty where no driver tells."""
+    readings: list[Reading] = []
+    if not torch.cuda.is_available() or not shutil.which("nvidia-smi"):
+        yield readings
+        return
+    name = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
+    query = "--query-gpu=utilization.gpu,power.draw"
+    command = ["nvidia-smi", f"--id={name}", query, "--format=csv,noheader,nounits", "--loop-ms=200"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as watch:
+        try:
+            yield readings
+        finally:
+            watch.terminate()
+            readings += parse_readings(watch.communicate()[0])
+
+
+def parse_readings(text: str) -> list[Reading]:
+    """Of nvidia-smi's lines those that are two numbers; a GPU may not tell ("[N/A]"), and the last may be torn."""
+    readings = []
+    for line in text.splitlines(keepends=True):
+        with contextlib.suppress(ValueError):
+            if line.endswith("\n"):
+                readings.append(Reading(*map(float, line.split(","))))
+    return readings
+
+
 def cpu_seconds() -> float:
     """Processor time of this process, all its threads, and of the workers it started by multiprocessing (Linux only).
 
@@ -203,11 +252,11 @@ def _cuda_ms(run: Callable[[], object]) -> float:
     return start.elapsed_time(stop)
 
 
-def _resident_mib(field: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
+def _resident_mib(field: str, process: str = "self") -> float:
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) / 1024
-    raise RuntimeError(f"no {field} in /proc/self/status; memory on the CPU is measured on Linux only")
+    raise RuntimeError(f"no {field} in /proc/{process}/status; memory on the CPU is measured on Linux only")
 
 
 def _processor() -> str:

@@ -1,0 +1,696 @@
+"""Loader, step and both together at batches of 256 to 8192 images: where the time and the memory go.
+
+    python -m benchmarks.sweep SHARDS --preset cpu              a small network at 32 px, in ten minutes on four cores
+    python -m benchmarks.sweep SHARDS --preset imagenet         GPU: ResNet-50 at 224 px
+    python -m benchmarks.sweep SHARDS --preset cifar10          GPU: ResNet-18 at 32 px
+    python -m benchmarks.sweep SHARDS --images FOLDER --against lightly,solo,torchvision
+    python -m benchmarks.sweep SHARDS --check benchmarks/records/sweep.csv
+    python -m benchmarks.sweep SHARDS --profile FOLDER --batch-size 1024
+    accelerate launch --multi_gpu --num_processes 8 -m benchmarks.sweep SHARDS --preset imagenet
+
+Every batch size is measured in a process of its own (under a launcher: one per rank) by train.py's network, optimizer,
+loss and step. Its turns alternate: the loader alone, the step on synthetic views, and both; the first steps are
+warm-up, and medians over the rounds count. Rates are in source images, of which each gives two views. A process that
+runs out of memory leaves a row that says so, and the sweep goes on. Without SHARDS the demo's data serve.
+
+The loader limits where training on synthetic views would be more than 3 % faster: then the stage that adds most time to
+it alone is named, see benchmarks/loader.py. On CPUs the two share the cores, so a loader may limit without being waited
+for. Rows go to records/sweep.csv and records/against.csv; benchmarks/report.py draws them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import itertools
+import math
+import multiprocessing
+import os
+import shlex
+import signal
+import socket
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+import typer
+from torch import Tensor
+
+from benchmarks.loader import PEERS, ROUNDS, Batches, Task, interleaved, stages, standing_still
+from benchmarks.measure import RECORDS, Marks, append, environment, gpu_watch, held_mib, peak_host_mib
+from model.nt_xent import nt_xent
+from pipeline.demo import write_demo
+from pipeline.loader import build_loader
+from pipeline.shards import Dataset, read_dataset
+from pipeline.views import VIEWS, make_views
+from tools import one_message
+from train import RECIPES, Setup, TrainConfig, build_accelerator, build_training, share_of_cores, train_step
+
+BATCH_SIZES = (256, 512, 1024, 2048, 4096, 8192)
+ENOUGH = 0.97  # together / synthetic from which on the model limits
+QUEUED = 4  # micro-batches, at least as many as the loader holds ready
+WASTE = 0.01  # of an epoch may be read and dropped at its end
+OURS = "ours"
+
+PRESETS: dict[str, TrainConfig] = {
+    # One core loads and the others train, as a GPU would: sharing all of them, a loader could not be free. A CPU cannot
+    # be asked what fits; 256 images of this network take 0.5 GiB.
+    "cpu": replace(
+        RECIPES["demo"],
+        views=make_views(VIEWS["cifar"], {"size": 32}),
+        width=0.75,
+        micro_batch=256,
+        num_threads=1,
+        cpu_threads=max(1, share_of_cores() - 1),
+    ),
+    "imagenet": RECIPES["imagenet"],
+    "cifar10": RECIPES["cifar10"],
+}
+
+# What others train with: the loader of benchmarks/loader.py, and the loss. solo-learn's own graph and loss are rebuilt:
+# DALI with masks, and the whole matrix of similarities.
+CONTESTANTS = {
+    "lightly": ("lightly", "lightly"),
+    "solo": ("DALI, masks", "reference"),
+    "torchvision": ("torchvision, PIL", "reference"),
+}
+
+FOUND = (
+    *("micro_batch", "loader_images_per_s", "synthetic_images_per_s", "together_images_per_s", "ratio"),
+    *("data_wait_percent", "step_ms_p50", "step_ms_p95", "peak_device_mib", "peak_host_mib"),
+    *("gpu_utilisation_percent", "gpu_power_w"),
+)
+
+
+def main(
+    shards: Annotated[Path | None, typer.Argument(help="a data set of tools/make_shards.py; none: the demo's")] = None,
+    preset: Annotated[str, typer.Option(help=", ".join(PRESETS))] = "cpu",
+    batch_size: Annotated[list[int] | None, typer.Option(help="source images; default 256, 512, ... 8192")] = None,
+    micro_batch: Annotated[int | None, typer.Option(help="images encoded at once; 0: as many as fit a GPU")] = None,
+    depth: Annotated[int | None, typer.Option(help="of the ResNet, other than the preset's")] = None,
+    width: Annotated[float | None, typer.Option(help="of the ResNet, other than the preset's")] = None,
+    size: Annotated[int | None, typer.Option(help="pixels of a view, other than the preset's")] = None,
+    budget: Annotated[float, typer.Option(help="seconds of measuring per batch size, one round at least")] = 60.0,
+    against: Annotated[str, typer.Option(help=f"also train with these: {','.join(CONTESTANTS)}")] = "",
+    images: Annotated[Path | None, typer.Option(help="the same images in class folders, for --against")] = None,
+    check: Annotated[Path | None, typer.Option(help="sweep.csv or against.csv to hold this run to")] = None,
+    margin: Annotated[float, typer.Option(help="by which a ratio may fall below --check's, as a share of it")] = 0.05,
+    profile: Annotated[Path | None, typer.Option(help="write traces to this folder, and measure nothing")] = None,
+    out: Annotated[Path, typer.Option(help="folder of sweep.csv and against.csv")] = RECORDS,
+) -> None:
+    """Measure loader, step and both at every batch size; exit code 1 where --check finds a ratio fallen."""
+    with one_message("sweep"), contextlib.ExitStack() as stack:
+        if preset not in PRESETS:
+            raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
+        rivals = contestants(against, images)
+        baseline = read_rows(check) if check else []
+        if profile and (against or check):
+            raise ValueError("--profile measures nothing; leave out --against and --check")
+        changes: dict[str, Any] = {"depth": depth, "width": width, "micro_batch": micro_batch}
+        config = replace(PRESETS[preset], **{name: value for name, value in changes.items() if value is not None})
+        config = replace(config, views=make_views(config.views, {"size": size} if size else {}))
+        cores = share_of_cores()
+        config = replace(config, cpu_threads=config.cpu_threads or cores, num_threads=config.num_threads or cores)
+        if shards is None:
+            shards = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "demo"
+            write_demo(shards)
+            shards /= "train"
+        config = replace(config, data=str(shards))
+        ranks = stack.enter_context(processes())
+        cases = [at_batch(config, size, ranks.world_size) for size in batch_size or BATCH_SIZES]
+        if profile:
+            for case in cases:
+                ranks.run(trace, case, profile.resolve())
+            return
+        sweep = Sweep(preset, config, ranks, budget, out.resolve())
+        rows = [sweep.row(case) for case in cases]
+        if ranks.rank:
+            return
+        rows += [row for found in rows if rivals for row in sweep.against(found, rivals, images)]
+        if check:
+            fallen = compare(rows, baseline, margin)
+            print("\n".join(fallen) or f"\nno ratio is more than {100 * margin:g} % below that in {check}")
+            if fallen:
+                raise typer.Exit(1)
+
+
+def contestants(names: str, images: Path | None) -> list[str]:
+    """The names of --against; raises ValueError for what cannot be compared here."""
+    chosen = [name for name in names.split(",") if name]
+    if unknown := sorted(set(chosen) - set(CONTESTANTS)):
+        raise ValueError(f"--against {','.join(unknown)}: choose from {','.join(CONTESTANTS)}")
+    if "lightly" in chosen and not find_spec("lightly"):
+        raise ValueError("--against lightly: it is not installed (pip install lightly)")
+    if chosen and (images is None or not images.is_dir()):
+        raise ValueError(f"--against needs --images, the same images in class folders; got {images}")
+    if chosen and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("--against compares in one process; start it without a launcher")
+    return chosen
+
+
+def at_batch(config: TrainConfig, batch_size: int, world_size: int) -> TrainConfig:
+    """The configuration at another batch, whose micro-batch is no larger than the batch of a process."""
+    if batch_size < world_size or batch_size % world_size:
+        raise ValueError(f"--batch-size {batch_size} does not divide into {world_size} processes")
+    return replace(config, batch_size=batch_size, micro_batch=min(config.micro_batch, batch_size // world_size))
+
+
+def repeats(samples: int, batch_size: int) -> int:
+    """How often a data set is listed so that it has a batch, and hardly any of an epoch is dropped at its end."""
+    return next(
+        n for n in itertools.count(1) if n * samples >= batch_size and n * samples % batch_size <= WASTE * n * samples
+    )
+
+
+def repeated(dataset: Dataset, batch_size: int) -> Dataset:
+    n = repeats(dataset.samples, batch_size)
+    return replace(dataset, samples=n * dataset.samples, shards=n * dataset.shards)
+
+
+def verdict(ratio: float, stage_ms: Mapping[str, float]) -> str:
+    """What limits training whose rate is `ratio` of that on synthetic views; see `stage_costs`, unused if it is none.
+
+    >>> verdict(0.98, {}), verdict(0.5, {"reading": 0.1, "decode": 3.0, "augmentation": 0.9})
+    ('the model limits', 'the loader limits: decode')
+    """
+    return "the model limits" if ratio >= ENOUGH else f"the loader limits: {max(stage_ms, key=stage_ms.__getitem__)}"
+
+
+def stage_costs(config: TrainConfig, seconds: float) -> dict[str, float]:
+    """Milliseconds per source image that each stage adds to those before it when the loader runs alone."""
+    dataset = read_dataset(config.data)
+    task = Task(
+        shards=Path(config.data),
+        views=config.views,
+        batch_size=min(16, dataset.samples),  # many to a turn, so that what was ready at its start does not count
+        threads=config.num_threads,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )
+    possible = stages(config.views, dataset)
+    last = {"reading": "read", "decode": "decode", "augmentation": "blur" if "blur" in possible else "colour"}
+    runs = {name: (stage, task) for name, stage in last.items() if stage in possible}
+    before, costs = 0.0, {}
+    for name, (wall, _) in interleaved(runs, seconds).items():
+        costs[name], before = wall.median - before, wall.median
+    return costs
+
+
+# --------------------------------------------------------------------------------------------------- one batch size
+
+
+def measure(config: TrainConfig, budget: float) -> dict[str, Any]:
+    """The numbers of one batch size, on every rank of the group that the environment names; run it in a new process."""
+    with prepared(config) as (accelerator, setup, loader, synthetic):
+        plan, device = setup.plan, accelerator.device
+        cuda = device.type == "cuda"
+
+        def largest(value: float) -> float:
+            return float(accelerator.gather(torch.tensor([value], device=device)).max())
+
+        def load() -> None:
+            next(loader)
+
+        def compute() -> None:
+            step(setup, itertools.repeat(synthetic, plan.count))
+
+        def both() -> None:
+            step(setup, (batch.views for batch in itertools.islice(loader, plan.count)))
+
+        # Warm up, with no more than two micro-batches: a whole batch may take minutes on a CPU.
+        few = min(plan.count, 2)
+        short = setup._replace(plan=replace(plan, count=few, keep=min(plan.keep, few)))
+        for _ in range(2):
+            load()
+            warm = turn(lambda: step(short, itertools.repeat(synthetic, few)), 1, cuda)[0]
+        turn_ms = 1e3 * budget / (3 * ROUNDS)
+        step_ms = largest(warm) * plan.count / few
+        steps = max(1, math.ceil(turn_ms / step_ms))
+        rounds = max(1, min(ROUNDS, int(1e3 * budget / (turn_ms + 2 * steps * step_ms))))
+
+        rates: dict[str, list[float]] = {"loader": [], "synthetic": [], "together": []}
+        step_times, readings = list[float](), list[Any]()
+        waited = 0.0
+        for _ in range(rounds):
+            turn(load, QUEUED, cuda)  # what waited in its queue was not made in this turn
+            loads, took = 0, 0.0
+            while took < turn_ms:
+                loads, took = loads + QUEUED, took + sum(turn(load, QUEUED, cuda))
+            rates["loader"].append(1e3 * loads * plan.micro_batch / took)
+            settle()  # or the loader fills its queue in the next one's turn
+            took = sum(turn(compute, steps, cuda))
+            rates["synthetic"].append(1e3 * steps * config.batch_size / took)
+            loader.wait_s = 0.0
+            with gpu_watch() as seen:
+                times = turn(both, steps, cuda)
+            waited += loader.wait_s
+            readings += seen
+            step_times += times
+            rates["together"].append(1e3 * steps * config.batch_size / sum(times))
+        device_mib = held_mib() if cuda else 0.0  # with DALI's, and with what torch keeps but does not use
+        if cuda:
+            device_mib += (torch.cuda.max_memory_allocated() - torch.cuda.memory_reserved()) / 2**20
+        own_loader = torch.tensor([statistics.median(rates["loader"])], device=device)
+        ratios = [a / b for a, b in zip(rates["together"], rates["synthetic"], strict=True)]
+        p95 = sorted(step_times)[math.ceil(0.95 * len(step_times)) - 1]
+        means = [statistics.mean(column) for column in zip(*readings, strict=True)] if readings else [None, None]
+        values = (
+            *(plan.micro_batch, float(accelerator.gather(own_loader).sum())),
+            *(statistics.median(rates["synthetic"]), statistics.median(rates["together"]), statistics.median(ratios)),
+            *(100 * 1e3 * waited / sum(step_times), statistics.median(step_times), p95),
+            *(largest(device_mib) if cuda else None, largest(peak_host_mib()), *means),
+        )
+        return dict(zip(FOUND, values, strict=True))
+
+
+@contextlib.contextmanager
+def prepared(config: TrainConfig) -> Iterator[tuple[Any, Setup, Any, Tensor]]:
+    """Accelerator, set-up, loader and a synthetic micro-batch (2m, 3, S, S), as train.py would make them."""
+    torch.set_num_threads(config.cpu_threads)
+    accelerator = build_accelerator(config)
+    setup = build_training(config, accelerator)
+    loader = build_loader(
+        repeated(read_dataset(config.data), config.batch_size),
+        config.views,
+        config.batch_size,
+        accelerator.device,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        num_threads=config.num_threads,
+        half=setup.half,
+        micro_batch=setup.plan.micro_batch,
+    )
+    synthetic = torch.randn(2 * setup.plan.micro_batch, 3, config.views.size, config.views.size)
+    synthetic = synthetic.to(accelerator.device, torch.half if setup.half else torch.float)
+    try:
+        yield accelerator, setup, loader, synthetic.contiguous(memory_format=torch.channels_last)
+    finally:
+        accelerator.end_training()
+
+
+def step(setup: Setup, micro_batches: Iterable[Tensor]) -> None:
+    """train.py's step, at learning rate 0: the same work, and weights that stay what they are."""
+    plan = setup.plan
+    train_step(
+        setup.model,
+        setup.optimizer,
+        itertools.islice(micro_batches, plan.count),
+        setup.loss_of,
+        0.0,
+        count=plan.count,
+        keep=plan.keep,
+        offload=plan.offload,
+    )
+
+
+def turn(work: Callable[[], None], times: int, cuda: bool) -> list[float]:
+    """Milliseconds of each call, on the GPU's clock where there is one."""
+    marks = Marks(cuda)
+    marks()
+    for _ in range(times):
+        work()
+        marks()
+    return marks.intervals_ms()
+
+
+def settle(limit_s: float = 5.0) -> None:
+    """Waits until the threads of this process have nothing left to do, at most so long."""
+    end = time.perf_counter() + limit_s
+    while time.perf_counter() < end:
+        before = time.process_time()
+        time.sleep(0.1)
+        if time.process_time() - before < 0.01:
+            return
+
+
+# --------------------------------------------------------------------------------------------------------- the rows
+
+
+class Sweep:
+    """One command's rows, made in the order of the batch sizes, and on record as soon as they are known."""
+
+    def __init__(self, preset: str, config: TrainConfig, ranks: Ranks, budget: float, out: Path) -> None:
+        self.preset, self.config, self.ranks, self.budget, self.out = preset, config, ranks, budget, out
+        self.stage_ms: dict[str, float] = {}
+        self.facts = {
+            "command": shlex.join(["benchmarks.sweep", *sys.argv[1:]]),
+            **environment(),  # taken before anything runs, so that `load` is that of others
+            "threads": config.cpu_threads,
+        }
+
+    def row(self, config: TrainConfig) -> dict[str, Any]:
+        """Measures one batch size, on all ranks; the row is the same on none but rank 0."""
+        status, found = self.ranks.run(measure, config, self.budget)
+        says = efficiency = ""
+        if status == "ok":
+            if self.ranks.rank == 0 and found["ratio"] < ENOUGH and not self.stage_ms:
+                self.stage_ms = stage_costs(config, 10.0)
+            says = verdict(found["ratio"], self.stage_ms) if self.ranks.rank == 0 else ""
+            if self.ranks.world_size > 1:
+                efficiency = self.efficiency(config, found["together_images_per_s"])
+        row = {
+            **{"preset": self.preset, "batch_size": config.batch_size, "micro_batch": ""},
+            **{"world_size": self.ranks.world_size, "size": config.views.size},
+            **{"encoder": f"ResNet-{config.depth} x{config.width:g}", "precision": config.precision},
+            "repeats": repeats(read_dataset(config.data).samples, config.batch_size),
+            **{name: rounded(found.get(name)) for name in FOUND},
+            **{"status": status, "verdict": says, "scaling_efficiency_percent": efficiency, **self.facts},
+        }
+        if self.ranks.rank == 0:
+            append(self.out / "sweep.csv", [row])
+            print_row(row)
+        return row
+
+    def efficiency(self, config: TrainConfig, together: float) -> str:
+        """Per cent of the rate of as many processes that know nothing of each other, from one with its share."""
+        world_size = self.ranks.world_size
+        share = replace(config, batch_size=config.batch_size // world_size)
+        status, found = self.ranks.run_alone(measure, share, self.budget)
+        return rounded(100 * together / (world_size * found["together_images_per_s"])) if status == "ok" else ""
+
+    def against(self, row: dict[str, Any], rivals: Sequence[str], images: Path | None) -> list[dict[str, Any]]:
+        """Training with others' loaders and losses at the batch of a row, all in turn."""
+        if row["status"] != "ok":
+            return []
+        config = replace(self.config, batch_size=row["batch_size"], micro_batch=int(row["micro_batch"]))
+        task = Task(
+            shards=Path(config.data),
+            images=images,
+            views=config.views,
+            batch_size=config.micro_batch,
+            threads=config.num_threads,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+        )
+        rounds = []
+        with contextlib.ExitStack() as stack:
+            turns = {}
+            for name in (OURS, *rivals):
+                batches = partial(trained, name=name, config=config)
+                turns[name] = stack.enter_context(standing_still(name, task, batches, multiple=1))
+                turns[name](0.0)  # warm-up
+            for _ in range(3):
+                rounds.append({name: turn(self.budget / (3 * len(turns))) for name, turn in turns.items()})
+        rows = []
+        for name in turns:
+            rate = statistics.median(each[name].images / each[name].wall_s for each in rounds)
+            pairs = [(each[name], each[OURS]) for each in rounds]
+            ratio = statistics.median(a.images / a.wall_s / (b.images / b.wall_s) for a, b in pairs)
+            rows.append(
+                {
+                    **{"preset": self.preset, "batch_size": config.batch_size, "what": name},
+                    **{"images_per_s": rounded(rate), "ratio_to_ours": rounded(ratio)},
+                    "peak_host_mib": rounded(max(each[name].peak_host_mib for each in rounds)),
+                    **{key: value for key, value in self.facts.items() if key != "command"},
+                }
+            )
+        append(self.out / "against.csv", rows)
+        print_against(rows)
+        return rows
+
+
+def trained(task: Task, name: str, config: TrainConfig) -> Batches:
+    """Steps of one contestant: `task` through its loader, and its loss of all micro-batches; source images of each."""
+    if name == OURS:
+        with prepared(config) as (_, setup, loader, _):
+            while True:
+                step(setup, (batch.views for batch in itertools.islice(loader, setup.plan.count)))
+                yield config.batch_size, ()
+    loader_name, loss_name = CONTESTANTS[name]
+    batches = PEERS[loader_name](task)
+    first = next(batches)  # its workers are forked here, before torch's threads and the GPU's context are made
+    torch.set_num_threads(config.cpu_threads)
+    accelerator = build_accelerator(config)
+    setup = build_training(config, accelerator)._replace(loss_of=rival_loss(loss_name, config.temperature))
+    dtype = torch.half if setup.half else torch.float
+    views = (
+        torch.cat(list(pair)).to(accelerator.device, dtype).contiguous(memory_format=torch.channels_last)
+        for _, pair in itertools.chain([first], batches)
+    )
+    while True:
+        step(setup, views)
+        yield config.batch_size, ()
+
+
+def rival_loss(name: str, temperature: float) -> Callable[[Tensor], Tensor]:
+    if name == "reference":
+        return lambda z: nt_xent(z, temperature, impl="reference")
+    from lightly.loss import NTXentLoss
+
+    loss = NTXentLoss(temperature=temperature)
+    return lambda z: loss(*z.chunk(2))
+
+
+def rounded(value: float | None) -> str:
+    return "" if value is None else str(value) if isinstance(value, int) else f"{value:.4g}"
+
+
+def print_row(row: Mapping[str, Any]) -> None:
+    if row["status"] != "ok":
+        print(f"{row['batch_size']:>6} images: {row['status']}", flush=True)
+        return
+    repeated = f", data {row['repeats']} times" if row["repeats"] > 1 else ""
+    efficiency = row["scaling_efficiency_percent"]
+    print(
+        f"{row['batch_size']:>6} images in micro-batches of {row['micro_batch']}{repeated}: loader "
+        f"{row['loader_images_per_s']}, synthetic {row['synthetic_images_per_s']}, together "
+        f"{row['together_images_per_s']} images/s ({2 * float(row['together_images_per_s']):.4g} views/s), ratio "
+        f"{row['ratio']}, data_wait {row['data_wait_percent']}%, step {row['step_ms_p50']} ms (p95 "
+        f"{row['step_ms_p95']}), host {row['peak_host_mib']} MiB"
+        + (f", device {row['peak_device_mib']} MiB" if row["peak_device_mib"] else "")
+        + (f", scaling {efficiency} %" if efficiency else "")
+        + f": {row['verdict']}",
+        flush=True,
+    )
+
+
+def print_against(rows: Sequence[Mapping[str, Any]]) -> None:
+    print(f"\n{rows[0]['batch_size']} images {'images/s':>18} {'of ours':>9} {'host MiB':>9}")
+    for row in rows:
+        print(f"{row['what']:22} {row['images_per_s']:>9} {row['ratio_to_ours']:>9} {row['peak_host_mib']:>9}")
+
+
+# ------------------------------------------------------------------------------------------------------------- check
+
+SAME = ("preset", "batch_size", "what", "world_size", "size", "encoder", "precision", "device")
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def compare(rows: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, str]], margin: float) -> list[str]:
+    """What has fallen: a line for each ratio more than `margin` of it below the newest row of the same kind.
+
+    together / synthetic, and ours / a rival's. A row that was measured and now fails has fallen too. ValueError if no
+    row of the baseline is of the kind of any: then nothing would be checked.
+    """
+
+    def kind(row: Mapping[str, Any]) -> tuple[str, ...]:
+        return tuple(str(row.get(name, "")) for name in SAME)
+
+    newest = {kind(row): row for row in baseline}  # rows are appended, so the last one counts
+    pairs = [(row, newest[kind(row)]) for row in rows if kind(row) in newest and row.get("what") != OURS]
+    if not pairs:
+        raise ValueError(f"no row of the baseline has the {', '.join(SAME)} of any row of this run")
+    fallen = []
+    for now, then in pairs:
+        if not ratio_of(then):
+            continue
+        if ratio_of(now) < (1 - margin) * ratio_of(then):
+            what = f"ours / {now['what']}" if "what" in now else "together / synthetic"
+            state = f" ({now['status']})" if now.get("status", "ok") != "ok" else ""
+            fallen.append(
+                f"fallen at {now['batch_size']} images: {what} {ratio_of(now):.3f}{state}, was {ratio_of(then):.3f} "
+                f"on {then.get('date', '')}"
+            )
+    return fallen
+
+
+def ratio_of(row: Mapping[str, Any]) -> float:
+    """The larger, the better; 0 for a row that failed."""
+    if "what" in row:
+        return 1 / float(row["ratio_to_ours"])
+    return float(row["ratio"] or 0)
+
+
+# ----------------------------------------------------------------------------------------------------------- profile
+
+
+def trace(config: TrainConfig, folder: Path) -> dict[str, Any]:
+    """Profiles three steps with the loader: trace-BATCH-RANK.json in `folder`, for chrome, and what took longest."""
+    from torch.profiler import ProfilerActivity
+
+    with prepared(config) as (accelerator, setup, loader, _):
+        cuda = accelerator.device.type == "cuda"
+
+        def both() -> None:
+            step(setup, (batch.views for batch in itertools.islice(loader, setup.plan.count)))
+
+        turn(both, 2, cuda)
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+        with torch.profiler.profile(activities=activities) as seen:
+            turn(both, 3, cuda)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"trace-{config.batch_size}-{accelerator.process_index}.json"
+        seen.export_chrome_trace(str(path))
+        if accelerator.is_main_process:
+            kernels = [event for event in seen.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+            print(longest(seen, cuda))
+            if cuda:
+                spans = [(event.time_range.start, event.time_range.end) for event in kernels]
+                print(f"no kernel runs for {100 * gaps(spans):.1f} % of the time between the first and the last")
+            print(f"trace: {path}", flush=True)
+        return {"trace": str(path)}
+
+
+def longest(seen: Any, cuda: bool, count: int = 10) -> str:
+    """A table of the kernels, on a CPU the operators, that took longest by themselves."""
+    averages = seen.key_averages()
+    if cuda:
+        averages = [each for each in averages if each.device_type == torch.autograd.DeviceType.CUDA]
+    key = "self_device_time_total" if cuda else "self_cpu_time_total"
+    total = sum(getattr(each, key) for each in averages) or 1
+    lines = [f"{'ms':>10} {'share':>7} {'calls':>7}  {'kernel' if cuda else 'operator'}"]
+    for each in sorted(averages, key=lambda each: -getattr(each, key))[:count]:
+        own = getattr(each, key)
+        lines.append(f"{own / 1e3:10.2f} {100 * own / total:6.1f}% {each.count:>7}  {each.key[:90]}")
+    return "\n".join(lines)
+
+
+def gaps(spans: Iterable[tuple[float, float]]) -> float:
+    """The share of the time from the first start to the last end in which none of the spans lies.
+
+    >>> gaps([(0, 2), (1, 4), (6, 10)])
+    0.2
+    """
+    ordered = sorted(spans)
+    if not ordered:
+        return 0.0
+    first, reached, idle = ordered[0][0], ordered[0][0], 0.0
+    for start, end in ordered:
+        idle += max(0.0, start - reached)
+        reached = max(reached, end)
+    return idle / (reached - first)
+
+
+# --------------------------------------------------------------------------------------------------------- processes
+
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "bad_alloc", "do not fit")
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Ranks:
+    """The processes that were launched; each runs work in a new process, so that memory and failures are its own."""
+
+    def __init__(self) -> None:
+        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+    def run(self, work: Callable[..., dict[str, Any]], *arguments: Any) -> tuple[str, dict[str, Any]]:
+        """(status, result of `work`) on every rank; status is "ok" only if it is on all, else that of the worst."""
+        if self.world_size == 1:
+            return in_child(work, *arguments)
+        port: list[Any] = [free_port()]
+        dist.broadcast_object_list(port)
+        with environment_of(MASTER_PORT=str(port[0]), TORCHELASTIC_USE_AGENT_STORE="False"):
+            status, found = in_child(work, *arguments)
+        every: list[Any] = [None] * self.world_size
+        dist.all_gather_object(every, status)
+        return max(every, key=severity), found
+
+    def run_alone(self, work: Callable[..., dict[str, Any]], *arguments: Any) -> tuple[str, dict[str, Any]]:
+        """The same on rank 0, which knows of no other while they wait."""
+        status, found = "waited", dict[str, Any]()
+        if self.rank == 0:
+            with environment_of(**dict.fromkeys(LAUNCHED)):
+                status, found = in_child(work, *arguments)
+        dist.barrier()
+        return status, found
+
+
+def severity(status: str) -> int:
+    """Where one rank runs out of memory the others fail for its sake."""
+    return 0 if status == "ok" else 2 if status == "out of memory" else 1
+
+
+@contextlib.contextmanager
+def processes() -> Iterator[Ranks]:
+    ranks = Ranks()
+    if ranks.world_size > 1:
+        dist.init_process_group("gloo")
+    try:
+        yield ranks
+    finally:
+        if ranks.world_size > 1:
+            dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def environment_of(**changes: str | None) -> Iterator[None]:
+    """Environment variables for processes that start in the block; None takes one away."""
+    before = {name: os.environ.pop(name, None) for name in changes}
+    os.environ.update({name: value for name, value in changes.items() if value is not None})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return int(listener.getsockname()[1])
+
+
+def in_child(work: Callable[..., dict[str, Any]], *arguments: Any) -> tuple[str, dict[str, Any]]:
+    """("ok", work(*arguments)), from a new process; or ("out of memory" or "failed: why", {}).
+
+    Where memory ends the kernel kills with SIGKILL, and the child is made the first that it chooses: so a killed child
+    is one out of memory.
+    """
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(there, work, arguments), daemon=True)
+    process.start()
+    there.close()
+    try:
+        status, found = here.recv()
+    except EOFError:
+        process.join()
+        killed = process.exitcode == -signal.SIGKILL
+        return ("out of memory" if killed else f"failed: exit code {process.exitcode}"), {}
+    process.join()
+    return status, found
+
+
+def _answer(link: Connection, work: Callable[..., dict[str, Any]], arguments: tuple[Any, ...]) -> None:
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    try:
+        link.send(("ok", work(*arguments)))
+    except Exception as error:
+        link.send((failure(error), {}))
+
+
+def failure(error: Exception) -> str:
+    """The status of a row that ended so, in one line."""
+    memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    if memory or any(words in str(error).lower() for words in OUT_OF_MEMORY):
+        return "out of memory"
+    return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+if __name__ == "__main__":
+    typer.run(main)

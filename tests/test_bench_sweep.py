@@ -1,0 +1,339 @@
+"""The sweep says what limits, survives what fails, and compares what is alike."""
+
+import csv
+import io
+import itertools
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from benchmarks import sweep
+from benchmarks.measure import parse_readings
+from benchmarks.sweep import ENOUGH, FOUND, PRESETS, Ranks, compare, failure, gaps, in_child, repeats, verdict
+from pipeline.shards import Sample, read_dataset
+from pipeline.views import make_views
+from pipeline.write import write_shards
+from train import TrainConfig
+
+STAGES_MS = {"reading": 0.2, "decode": 3.0, "augmentation": 1.0}
+
+
+def write_images(out: Path, number: int, height: int, width: int) -> Path:
+    """Noisy JPEGs, whose decoding is work, as shards and in class folders."""
+    rng, samples = np.random.default_rng(0), []
+    for i in range(number):
+        file = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(file, "JPEG", quality=95)
+        path = out / "images" / f"class{i % 2}" / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(file.getvalue())
+        samples.append(Sample(path.name, i % 2, file.getvalue()))
+    write_shards(samples, out / "shards", classes=["class0", "class1"])
+    return out
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("data"), 24, 24, 24)
+
+
+@pytest.fixture
+def config(data: Path) -> TrainConfig:
+    tiny = replace(PRESETS["cpu"], width=1 / 16, batch_size=32, micro_batch=16, cpu_threads=2)
+    return replace(tiny, views=make_views(tiny.views, {"size": 16}), data=str(data / "shards"))
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ------------------------------------------------------------------------------------------------------ the verdict
+
+
+@pytest.mark.parametrize("stage", STAGES_MS)
+def test_the_verdict_names_the_stage_that_adds_most(stage: str) -> None:
+    costs = STAGES_MS | {stage: 10.0}
+    assert verdict(ENOUGH - 0.001, costs) == f"the loader limits: {stage}"
+    assert verdict(ENOUGH, costs) == "the model limits"
+
+
+def slow(work: Any, seconds: float) -> Any:
+    def slowed(*arguments: Any, **options: Any) -> Any:
+        time.sleep(seconds)
+        return work(*arguments, **options)
+
+    return slowed
+
+
+@contextmanager
+def slowed_loader(seconds: float) -> Iterator[None]:
+    """Each micro-batch comes so late, as from a slow disk."""
+    from pipeline.loader import Loader
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loader, "_run", slow(Loader._run, seconds))
+        yield
+
+
+@contextmanager
+def slowed_model(seconds: float) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "train_step", slow(sweep.train_step, seconds))
+        yield
+
+
+def test_a_slowed_loader_limits_and_a_slowed_model_does(config: TrainConfig) -> None:
+    """Sleeping 0.3 s per micro-batch of 16 images allows 53 images/s at most; sleeping 1.5 s per step of 16, 11."""
+    config = replace(config, batch_size=16)
+    with slowed_loader(0.3):
+        found = sweep.measure(config, 2.0)
+    assert set(found) == set(FOUND)
+    assert found["loader_images_per_s"] < 16 / 0.3
+    assert found["together_images_per_s"] < 16 / 0.3
+    assert found["ratio"] < 0.9
+    assert found["data_wait_percent"] > 50
+    assert verdict(found["ratio"], STAGES_MS) == "the loader limits: decode"
+    with slowed_model(1.5):
+        found = sweep.measure(config, 2.0)
+    assert found["synthetic_images_per_s"] < 16 / 1.5
+    assert found["loader_images_per_s"] > 2 * found["synthetic_images_per_s"]
+    assert found["data_wait_percent"] < 5
+    assert verdict(found["ratio"], STAGES_MS) == "the model limits"
+    assert found["step_ms_p95"] >= found["step_ms_p50"] > 1500
+    assert found["micro_batch"] == 16
+
+
+def test_the_stage_that_costs_most_is_found(config: TrainConfig, tmp_path: Path) -> None:
+    """Images of a million pixels for views of 16: their decoding is what takes time."""
+    big = write_images(tmp_path, 8, 1000, 1000)
+    costs = sweep.stage_costs(replace(config, data=str(big / "shards")), 1.0)
+    assert list(costs) == ["reading", "decode", "augmentation"]
+    assert verdict(0.5, costs) == "the loader limits: decode"
+    assert costs["decode"] > 2.0  # no decoder takes less than 2 ns per pixel on one core
+
+
+# --------------------------------------------------------------------------------------------------------- the sweep
+
+
+def test_the_sweep_trains_with_the_step_that_trains(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every micro-batch goes through train.py's step, and a learning rate of 0 keeps the weights as they are."""
+    with sweep.prepared(config) as (_, setup, loader, synthetic):
+        assert synthetic.shape == (32, 3, 16, 16)
+        assert (setup.plan.micro_batch, setup.plan.count) == (16, 2)
+        before = [p.detach().clone() for p in setup.network.parameters()]
+        views = (batch.views for batch in itertools.islice(loader, 2))
+        sweep.step(setup, views)
+        assert all(torch.equal(p, q) for p, q in zip(setup.network.parameters(), before, strict=True))
+        seen = []
+        monkeypatch.setattr(sweep, "train_step", lambda *given, **options: seen.append((list(given[2]), options)))
+        sweep.step(setup, itertools.repeat(synthetic))
+    ((micro_batches, options),) = seen
+    assert len(micro_batches) == options["count"] == 2
+
+
+@pytest.mark.parametrize(("samples", "batch"), [(1000, 256), (1000, 8192), (2560, 8192), (50000, 512), (7, 1000)])
+def test_data_are_repeated_until_an_epoch_wastes_nothing_to_speak_of(samples: int, batch: int) -> None:
+    n = repeats(samples, batch)
+    assert n * samples >= batch
+    assert n * samples % batch / (n * samples) <= 0.01
+    fewer = [m for m in range(1, n) if m * samples >= batch and m * samples % batch <= 0.01 * m * samples]
+    assert not fewer
+
+
+def test_a_command_leaves_rows_and_goes_on_after_one_that_fails(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of which one fits and one is killed: a row each, on record, with all agreed columns."""
+    real = Ranks.run
+
+    def run(self: Ranks, work: Any, config: TrainConfig, *arguments: Any) -> Any:
+        return in_child(die) if config.batch_size == 16 else real(self, work, config, *arguments)
+
+    monkeypatch.setattr(Ranks, "run", run)
+    shape = ["--size", "16", "--width", "0.0625", "--micro-batch", "16", "--budget", "1"]
+    sizes = ["--batch-size", "16", "--batch-size", "32"]
+    command = [str(data / "shards"), *shape, *sizes, "--out", str(tmp_path)]
+    done = CliRunner().invoke(app(), command)
+    assert done.exit_code == 0, done.output
+    killed, measured = rows_of(tmp_path / "sweep.csv")
+    assert (killed["batch_size"], killed["status"], killed["verdict"]) == ("16", "out of memory", "")
+    assert killed["together_images_per_s"] == ""
+    assert (measured["batch_size"], measured["status"], measured["repeats"]) == ("32", "ok", str(repeats(24, 32)))
+    assert measured["verdict"].split(":")[0] in ("the model limits", "the loader limits")
+    for name in ("loader_images_per_s", "synthetic_images_per_s", "together_images_per_s", "peak_host_mib"):
+        assert float(measured[name]) > 0
+    assert (measured["size"], measured["encoder"], measured["world_size"]) == ("16", "ResNet-18 x0.0625", "1")
+    assert measured["commit"]
+    assert "out of memory" in done.output
+
+
+def app() -> Any:
+    import typer
+
+    program = typer.Typer()
+    program.command()(sweep.main)
+    return program
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--preset", "tpu"], "unknown preset 'tpu'"),
+        (["nowhere"], "nowhere is no data set"),
+        (["--against", "byol", "--images", "."], "choose from lightly,solo,torchvision"),
+        (["--against", "solo"], "needs --images"),
+        (["--profile", "traces", "--against", "solo", "--images", "."], "--profile measures nothing"),
+    ],
+)
+def test_bad_options_end_in_one_line(options: list[str], message: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app(), [*options, "--out", str(tmp_path)])
+    assert done.exit_code == 2
+    assert message in done.output
+    assert len(done.output.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------- children
+
+
+def die() -> dict[str, Any]:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return {}
+
+
+def ask_for_too_much() -> dict[str, Any]:
+    return {"tensor": torch.empty(2**50, dtype=torch.uint8)}
+
+
+def leave() -> dict[str, Any]:
+    os._exit(7)
+
+
+def answer() -> dict[str, Any]:
+    return {"pid": os.getpid(), "adjust": int(Path("/proc/self/oom_score_adj").read_text())}
+
+
+@pytest.mark.parametrize(
+    ("work", "status"),
+    [
+        (die, "out of memory"),
+        (ask_for_too_much, "out of memory"),
+        (leave, "failed: exit code 7"),
+    ],
+)
+def test_a_child_that_fails_leaves_its_reason(work: Any, status: str) -> None:
+    assert in_child(work) == (status, {})
+
+
+def test_a_child_is_a_process_of_its_own_and_the_first_to_be_killed() -> None:
+    status, found = in_child(answer)
+    assert status == "ok"
+    assert found["pid"] != os.getpid()
+    assert found["adjust"] == 1000
+
+
+def test_what_does_not_fit_the_plan_is_out_of_memory() -> None:
+    text = "1 image(s) of (3, 224, 224) in one micro-batch do not fit the 10 MiB that are free on cuda:0"
+    assert failure(ValueError(text)) == "out of memory"
+    assert failure(torch.OutOfMemoryError("CUDA ran out")) == "out of memory"
+    assert failure(ValueError("another\nreason")) == "failed: ValueError: another reason"
+
+
+# ------------------------------------------------------------------------------------------- check, profile, readings
+
+
+def row(ratio: float, **other: Any) -> dict[str, Any]:
+    return {"preset": "cpu", "batch_size": 256, "device": "x", "ratio": ratio, "status": "ok"} | other
+
+
+def test_a_ratio_that_falls_by_more_than_the_margin_is_told() -> None:
+    baseline = [{key: str(value) for key, value in each.items()} for each in (row(0.5), row(0.98, date="1 May"))]
+    assert compare([row(0.94)], baseline, 0.05) == []
+    (told,) = compare([row(0.93)], baseline, 0.05)
+    assert "together / synthetic 0.930, was 0.980 on 1 May" in told
+    (told,) = compare([row("", status="out of memory")], baseline, 0.05)
+    assert "out of memory" in told
+    with pytest.raises(ValueError, match="no row of the baseline"):
+        compare([row(0.9, device="y")], baseline, 0.05)
+
+
+def test_a_rival_that_catches_up_is_told() -> None:
+    """ratio_to_ours is theirs / ours: 0.5 means that ours is twice as fast."""
+    rival = {"preset": "cpu", "batch_size": 256, "what": "lightly", "device": "x"}
+    ours = rival | {"what": "ours", "ratio_to_ours": 1}
+    baseline = [{**rival, "batch_size": "256", "ratio_to_ours": "0.5"}]
+    assert compare([ours, rival | {"ratio_to_ours": 0.52}], baseline, 0.05) == []
+    (told,) = compare([ours, rival | {"ratio_to_ours": 0.6}], baseline, 0.05)
+    assert "ours / lightly 1.667, was 2.000" in told
+
+
+def test_the_command_fails_where_a_ratio_has_fallen(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = dict.fromkeys(FOUND, 1.0) | {"micro_batch": 16}
+    monkeypatch.setattr(Ranks, "run", lambda *_: ("ok", found))
+    monkeypatch.setattr(sweep, "stage_costs", lambda *_: STAGES_MS)
+    command = [str(data / "shards"), "--batch-size", "32", "--out", str(tmp_path)]
+    assert CliRunner().invoke(app(), command).exit_code == 0
+    baseline = tmp_path / "sweep.csv"
+    again = [*command, "--check", str(baseline)]
+    assert CliRunner().invoke(app(), again).exit_code == 0
+    found["ratio"] = 0.9
+    done = CliRunner().invoke(app(), again)
+    assert done.exit_code == 1
+    assert "fallen at 32 images: together / synthetic 0.900, was 1.000" in done.output
+    assert CliRunner().invoke(app(), [*again, "--margin", "0.2"]).exit_code == 0
+
+
+def test_gaps_are_the_time_that_no_span_covers() -> None:
+    """Against a count of the milliseconds that lie in no span."""
+    rng = np.random.default_rng(0)
+    starts = rng.integers(0, 500, 30)
+    spans = [(int(a), int(a + n)) for a, n in zip(starts, rng.integers(1, 20, 30), strict=True)]
+    covered = np.zeros(max(b for _, b in spans), bool)
+    for a, b in spans:
+        covered[a:b] = True
+    assert gaps(spans) == pytest.approx((~covered[min(starts) :]).mean())
+
+
+def test_a_profile_is_a_trace_and_the_ten_longest(
+    config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep.trace(config, tmp_path)
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split() == ["ms", "share", "calls", "operator"]
+    times = [float(line.split()[0]) for line in table[1:11]]
+    assert times == sorted(times, reverse=True)
+    assert any("convolution" in line or "conv" in line for line in table[1:11])
+    assert (tmp_path / "trace-32-0.json").stat().st_size > 1000
+
+
+def test_the_drivers_readings_are_parsed_and_what_it_does_not_tell_is_left_out() -> None:
+    (reading,) = parse_readings("93, 612.5\n[N/A], 600\n95, 6")
+    assert (reading.utilisation_percent, reading.power_w) == (93.0, 612.5)
+
+
+def test_rivals_train_on_the_same_images(data: Path, config: TrainConfig, tmp_path: Path) -> None:
+    """Each contestant's step takes the whole batch through its own loader and loss."""
+    ranks = Ranks()
+    found = sweep.Sweep("cpu", config, ranks, 2.0, tmp_path)
+    rows = found.against({"status": "ok", "batch_size": 32, "micro_batch": "16"}, ["torchvision"], data / "images")
+    assert [row["what"] for row in rows] == ["ours", "torchvision"]
+    assert float(rows[0]["ratio_to_ours"]) == 1.0
+    ratio = float(rows[1]["images_per_s"]) / float(rows[0]["images_per_s"])
+    assert float(rows[1]["ratio_to_ours"]) == pytest.approx(ratio, rel=0.5)  # medians of ratios, and of rates
+    assert rows_of(tmp_path / "against.csv")[1]["what"] == "torchvision"
+    assert all(float(row["peak_host_mib"]) > 0 for row in rows)
+    assert read_dataset(data / "shards").samples == len(list((data / "images").glob("*/*")))
