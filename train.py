@@ -822,7 +822,7 @@ def _read_config_file(ctx: typer.Context, path: Path | None) -> Path | None:
 def _command(
     ctx: typer.Context,
     recipe: Annotated[str, typer.Argument(help=f"One of {', '.join(RECIPES)}.")],
-    out: Annotated[Path | None, typer.Option(help="Run folder. [default: the next free runs/RECIPE]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder. (default: the next free runs/RECIPE)")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in --out, if there is one.")] = False,
     config: Annotated[  # noqa: ARG001  its callback has done the work
         Path | None,

@@ -20,7 +20,7 @@ import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -208,7 +208,7 @@ def sweep(device: str, sizes: list[int], dim: int, temperature: float, budget_s:
                 append("loss.csv", [row])
         _print_table(rows_of_record, rows)
     name = "cuda" if device == "cuda" else f"cpu-{torch.get_num_threads()}-threads"
-    _plot(rows_of_record, RECORDS / f"loss-{name}.png")
+    plot(rows_of_record, RECORDS / f"loss-{name}.png")
 
 
 def _step(loss: Loss, z: Tensor, mode: str) -> Callable[[], object]:
@@ -242,7 +242,8 @@ def _print_table(record: list[dict[str, object]], rows: int) -> None:
         print(f"{label:30} {forward['median_ms']:>12} {both['median_ms']:>12} {both['peak_mib']:>9} {ratio:>13}")
 
 
-def _plot(record: list[dict[str, object]], path: Path) -> None:
+def plot(record: Sequence[Mapping[str, object]], path: Path) -> None:
+    """Time and memory of forward and backward over the rows."""
     from matplotlib.figure import Figure
 
     both = [row for row in record if row["mode"] == BOTH]
@@ -265,13 +266,14 @@ def _plot(record: list[dict[str, object]], path: Path) -> None:
         axes.grid(alpha=0.3)
     time_axes.legend(fontsize=8)
     first = both[0]
+    loads = sorted(float(str(row["load"])) for row in both)
     figure.suptitle(
         f"NT-Xent, D = {first['dim']}, temperature {first['temperature']}: {first['device']}, "
-        f"{first['threads']} thread(s), load {first['load']}, torch {first['torch']}, {first['date']}",
+        f"{first['threads']} thread(s), load {loads[0]:g} to {loads[-1]:g}, torch {first['torch']}, {first['date']}",
         fontsize=10,
     )
     figure.savefig(path, dpi=130)
-    print(f"\nplot: {path.relative_to(RECORDS.parent)}")
+    print(f"\nplot: {path.name}")
 
 
 # --------------------------------------------------------------------------------------------------- the kernels alone

@@ -45,7 +45,7 @@ class Step:
         self.views = views.contiguous(
             memory_format=torch.channels_last if layout == "nhwc" else torch.contiguous_format
         )
-        network = _network(depth, width, views.shape[-1]).to(self.device)
+        network = build_network(depth, width, views.shape[-1]).to(self.device)
         if layout == "nhwc":
             network = network.to(memory_format=torch.channels_last)
         if bn == "sync":
@@ -213,7 +213,7 @@ def sweep(
 def model_flop(depth: int, width: float, size: int) -> float:
     """Floating point operations of the network's products for one view, forward and backward."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        _network(depth, width, size)(torch.empty(2, 3, size, size)).sum().backward()
+        build_network(depth, width, size)(torch.empty(2, 3, size, size)).sum().backward()
     return counter.get_total_flops() / 2
 
 
@@ -225,7 +225,7 @@ def product_flop_per_s(device: str, precision: str) -> float:
     return 2 * n**3 / ms * 1e3
 
 
-def _network(depth: int, width: float, size: int) -> nn.Module:
+def build_network(depth: int, width: float, size: int) -> nn.Module:
     encoder = build_encoder(depth, width=width, stem="small" if size <= 64 else "standard")
     return SimCLR(encoder, ProjectionHead(encoder.num_features))
 

@@ -54,7 +54,7 @@ def test_a_benchmarked_step_trains():
 def test_flop_are_those_of_every_product(depth, size):
     """Two for every multiplication forwards and four backwards, but none for the gradient of the views."""
     with torch.device("meta"):
-        network, flop = step._network(depth, 1, size), []
+        network, flop = step.build_network(depth, 1, size), []
 
         def count(module, inputs, output):
             outputs = output[0, 0].numel() if output.ndim == 4 else 1

@@ -50,7 +50,7 @@ EncoderPath = Annotated[Path, typer.Argument(help="Run, encoder folder, checkpoi
 Train = Annotated[Path, typer.Argument(help="Labelled shards to learn from.")]
 Test = Annotated[Path, typer.Argument(help="Labelled shards to score.")]
 View = Annotated[
-    list[str] | None, typer.Option(help="Change how images are prepared, such as size=96. [default: as the file says]")
+    list[str] | None, typer.Option(help="Change how images are prepared, such as size=96. (default: as the file says)")
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per forward pass and process where nothing is trained.")]
 RandomInit = Annotated[bool, typer.Option(help="Evaluate freshly drawn weights of the same architecture.")]
@@ -58,10 +58,10 @@ Seed = Annotated[int, typer.Option(min=0, help="Of fresh weights, choices of sam
 Precision = Annotated[
     Literal["auto", "bf16", "no"], typer.Option(help="Mixed precision; auto is bf16 on GPUs, none on CPUs.")
 ]
-Results = Annotated[Path | None, typer.Option(help="File to append to. [default: evaluation.jsonl by the encoder]")]
+Results = Annotated[Path | None, typer.Option(help="File to append to. (default: evaluation.jsonl by the encoder)")]
 TrainBatch = Annotated[
     int | None,
-    typer.Option(min=1, help="Images per step over all processes. [default: 4096; less where an epoch has no 8 steps]"),
+    typer.Option(min=1, help="Images per step over all processes. (default: 4096; less where an epoch has no 8 steps)"),
 ]
 
 
@@ -70,7 +70,7 @@ def knn(
     encoder: EncoderPath,
     train: Train,
     test: Test,
-    k: Annotated[list[int] | None, typer.Option(min=1, help="Neighbours that vote. [default: 200 and 20]")] = None,
+    k: Annotated[list[int] | None, typer.Option(min=1, help="Neighbours that vote. (default: 200 and 20)")] = None,
     temperature: Annotated[float, typer.Option(help="A vote weighs exp(cosine / temperature).")] = 0.1,
     view: View = None,
     batch_size: BatchSize = 256,
@@ -168,7 +168,7 @@ def logistic(
     train: Train,
     test: Test,
     l2: Annotated[
-        list[float] | None, typer.Option(min=0, help="Try these l2 (1 / C). [default: 45 from 1e-6 to 1e5]")
+        list[float] | None, typer.Option(min=0, help="Try these l2 (1 / C). (default: 45 from 1e-6 to 1e5)")
     ] = None,
     validation: Annotated[float, typer.Option(help="Share of each class held out to choose l2 on.")] = 0.2,
     view: View = None,
@@ -227,7 +227,7 @@ def finetune(
         int, typer.Option(min=0, help="Layers of the run's projection head kept below the classifier; 1 in SimCLRv2.")
     ] = 0,
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Passes over the labels used. [default: 60 below 5 % of them, 30 above]")
+        int | None, typer.Option(min=1, help="Passes over the labels used. (default: 60 below 5 % of them, 30 above)")
     ] = None,
     train_batch: TrainBatch = None,
     base_lr: Annotated[float, typer.Option(help="Learning rate per 256 images of the batch.")] = 0.05,

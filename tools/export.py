@@ -36,7 +36,7 @@ def export(
     license: Annotated[str, typer.Option(help="Licence of the weights, as the card names it.")] = "unknown",
     dataset: Annotated[str, typer.Option(help="Name of the training images, for the card.")] = "",
     view: Annotated[
-        list[str] | None, typer.Option(help="Say how images are prepared, such as size=96. [default: as the file says]")
+        list[str] | None, typer.Option(help="Say how images are prepared, such as size=96. (default: as the file says)")
     ] = None,
 ) -> None:
     """Write an encoder, its configuration for timm, and its model card to a new folder."""
