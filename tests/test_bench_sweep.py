@@ -108,15 +108,15 @@ def test_a_slowed_loader_limits_and_a_slowed_model_does(config: TrainConfig) -> 
     assert set(found) == set(FOUND)
     assert found["loader_images_per_s"] < 16 / 0.3
     assert found["together_images_per_s"] < 16 / 0.3
-    slowed = found["ratio"]
+    slowed, waited = found["ratio"], found["data_wait_percent"]
     assert slowed < 0.5
-    assert found["data_wait_percent"] > 50
+    assert waited > 50
     assert verdict(slowed, STAGES_MS) == "the loader limits: decode"
     with model_of(1.5):
         found = sweep.measure(config, 2.0)
     assert found["synthetic_images_per_s"] < 16 / 1.5
     assert found["loader_images_per_s"] > 2 * found["synthetic_images_per_s"]
-    assert found["data_wait_percent"] < 25  # a few hundredths when the machine is idle
+    assert found["data_wait_percent"] < waited  # a few hundredths when the machine is idle
     assert found["ratio"] > 1.5 * slowed
     assert found["step_ms_p95"] >= found["step_ms_p50"] > 1500
     assert found["micro_batch"] == 16
