@@ -42,7 +42,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 Impl = Literal["auto", "triton", "chunked", "reference"]
@@ -257,7 +257,7 @@ def _gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 # One operator for both, so that torch.compile and CUDA graphs see a single node with a known shape and gradient.
 
 
-@torch.library.custom_op("swiftclr::nt_xent", mutates_args=())
+@library.custom_op("swiftclr::nt_xent", mutates_args=())
 def _nt_xent(
     z: Tensor, temperature: float, impl: str, operands: str, group_name: str, world_size: int, rank: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -285,7 +285,7 @@ def _(
     return z.new_empty((), dtype=sums), u, z.new_empty(len(u), dtype=sums), z.new_empty(len(z), dtype=sums)
 
 
-@torch.library.custom_op("swiftclr::nt_xent_backward", mutates_args=())
+@library.custom_op("swiftclr::nt_xent_backward", mutates_args=())
 def _nt_xent_backward(
     grad: Tensor, z: Tensor, u: Tensor, r: Tensor, miss: Tensor, temperature: float, impl: str, operands: str, rank: int
 ) -> Tensor:

@@ -69,21 +69,24 @@ def test_the_verdict_names_the_stage_that_adds_most(stage: str) -> None:
     assert verdict(ENOUGH, costs) == "the model limits"
 
 
-def slow(work: Any, seconds: float) -> Any:
-    def slowed(*arguments: Any, **options: Any) -> Any:
-        time.sleep(seconds)
-        return work(*arguments, **options)
-
-    return slowed
-
-
 @contextmanager
-def slowed_loader(seconds: float) -> Iterator[None]:
-    """Each micro-batch comes so late, as from a slow disk."""
+def loader_of(seconds: float) -> Iterator[None]:
+    """Each micro-batch comes after so long, whatever else the machine does: the first one, again and again."""
     from pipeline.loader import Loader
 
+    read, kept = Loader._run, list[Any]()
+
+    def run(self: Any, pipe: Any) -> Any:
+        time.sleep(seconds)
+        if kept:
+            self._runs += 1
+        else:
+            views, labels = read(self, pipe)
+            kept.append(([view.clone() for view in views], labels))
+        return kept[0]
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Loader, "_run", slow(Loader._run, seconds))
+        patch.setattr(Loader, "_run", run)
         yield
 
 
@@ -103,21 +106,20 @@ def model_of(seconds: float) -> Iterator[None]:
 def test_a_slowed_loader_limits_and_a_slowed_model_does(config: TrainConfig) -> None:
     """A loader of 0.3 s per micro-batch of 16 images allows 53 images/s at most; a step of 1.5 s, 11."""
     config = replace(config, batch_size=16)
-    with slowed_loader(0.3), model_of(0.05):
+    with loader_of(0.3), model_of(0.05):
         found = sweep.measure(config, 2.0)
     assert set(found) == set(FOUND)
     assert found["loader_images_per_s"] < 16 / 0.3
     assert found["together_images_per_s"] < 16 / 0.3
-    slowed, waited = found["ratio"], found["data_wait_percent"]
-    assert slowed < 0.5
-    assert waited > 50
-    assert verdict(slowed, STAGES_MS) == "the loader limits: decode"
-    with model_of(1.5):
+    assert found["ratio"] < 0.5
+    assert found["data_wait_percent"] > 50
+    assert verdict(found["ratio"], STAGES_MS) == "the loader limits: decode"
+    with loader_of(0.0), model_of(1.5):
         found = sweep.measure(config, 2.0)
     assert found["synthetic_images_per_s"] < 16 / 1.5
     assert found["loader_images_per_s"] > 2 * found["synthetic_images_per_s"]
-    assert found["data_wait_percent"] < waited  # a few hundredths when the machine is idle
-    assert found["ratio"] > 1.5 * slowed
+    assert found["data_wait_percent"] < 5
+    assert verdict(found["ratio"], STAGES_MS) == "the model limits"
     assert found["step_ms_p95"] >= found["step_ms_p50"] > 1500
     assert found["micro_batch"] == 16
 
@@ -339,7 +341,8 @@ def test_rivals_train_on_the_same_images(data: Path, config: TrainConfig, tmp_pa
     rows = found.against({"status": "ok", "batch_size": 32, "micro_batch": "16"}, ["torchvision"], data / "images")
     assert [row["what"] for row in rows] == ["ours", "torchvision"]
     assert float(rows[0]["ratio_to_ours"]) == 1.0
-    assert float(rows[1]["ratio_to_ours"]) > 0
+    ratio = float(rows[1]["images_per_s"]) / float(rows[0]["images_per_s"])
+    assert float(rows[1]["ratio_to_ours"]) == pytest.approx(ratio, rel=0.5)  # medians of ratios, and of rates
     assert rows_of(tmp_path / "against.csv")[1]["what"] == "torchvision"
     assert all(float(row["peak_host_mib"]) > 0 for row in rows)
     assert read_dataset(data / "shards").samples == len(list((data / "images").glob("*/*")))

@@ -6,6 +6,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from torch import library
 
 from benchmarks.measure import peak_extra_mib
 from model import nt_xent as module
@@ -246,7 +247,7 @@ def test_compiled_without_a_break_for_any_size():
 
 def test_operator_is_registered_as_torch_asks():
     z = torch.tensor(projections(6, 8), requires_grad=True)
-    torch.library.opcheck(torch.ops.swiftclr.nt_xent.default, (z, 0.1, "chunked", "", "", 1, 0))
+    library.opcheck(torch.ops.swiftclr.nt_xent.default, (z, 0.1, "chunked", "", "", 1, 0))
 
 
 # ---------------------------------------------------------------------------------------------------- choice and errors

@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 import pytest
 import torch
+from torch import library
 
 from model.nt_xent import nt_xent, resolve, shift
 from tests.oracles import nt_xent as oracle
@@ -136,7 +137,7 @@ def check_operator() -> None:
     rows = projections(6, 8)
     z = torch.tensor(rows, dtype=torch.float32, requires_grad=True)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.swiftclr.nt_xent.default, (z, 0.1, "triton", "", "", 1, 0), test_utils=checks)
+    library.opcheck(torch.ops.swiftclr.nt_xent.default, (z, 0.1, "triton", "", "", 1, 0), test_utils=checks)
     step = torch.compile(lambda z: nt_xent(2 * z, 0.1, impl="triton"), fullgraph=True, backend="aot_eager")
     loss = step(z)
     loss.backward()

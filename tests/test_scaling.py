@@ -170,7 +170,7 @@ def test_nonsense_is_refused(tmp_path, arguments, named):
 
 @pytest.mark.slow
 def test_two_processes_are_predicted_from_their_pieces(tmp_path):
-    """The step of two that talk, from two that do not and the cost of an all-reduce: within 4 times on any machine."""
+    """The step of two that talk, from the steps of two that do not and the cost of an all-reduce: within a factor 2."""
     scaling.measure_processes(2, images=4, width=1 / 16, rounds=15, record=tmp_path / "scaling.csv")
     with open(tmp_path / "scaling.csv", newline="") as file:
         (row,) = csv.DictReader(file)
@@ -179,4 +179,4 @@ def test_two_processes_are_predicted_from_their_pieces(tmp_path):
     assert pieces.gradient_bytes == scaling.gradient_bytes(18, 1 / 16, 32)
     assert 0 < pieces.latency_s < 1
     assert 0 < pieces.bandwidth < math.inf
-    assert 0.25 < 1e3 * predict(pieces, 8, 2).step_s / float(row["step_ms"]) < 4
+    assert 0.5 < 1e3 * predict(pieces, 8, 2).step_s / float(row["step_ms"]) < 2
