@@ -24,7 +24,7 @@ import signal
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -819,6 +819,35 @@ def _read_config_file(ctx: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
+def resolve(
+    ctx: typer.Context,
+    recipe: str,
+    views: str | None,
+    view: Sequence[str] | None,
+    second_view: Sequence[str] | None,
+    **options: Any,
+) -> tuple[TrainConfig, dict[str, str]]:
+    """What a parsed command line asks for, and where each value came from that is not the recipe's."""
+    base, origin = RECIPES.get(recipe), {}
+    if base is None:
+        raise RunError(f"unknown recipe {recipe!r}; choose one of {', '.join(RECIPES)}")
+    for name in options:
+        source = ctx.get_parameter_source(name)
+        if source is not None and options[name] is not None:
+            origin[name] = "file" if source.name == "DEFAULT_MAP" else "command line"
+    tables = ctx.obj or {name: {} for name in VIEW_TABLES}
+    preset = views or tables["views"].pop("preset", None)
+    for name, texts in zip(VIEW_TABLES, (view, second_view), strict=True):
+        given = parse_changes(texts or [])
+        origin |= {f"{name}.{key}": "file" for key in tables[name]}
+        origin |= {f"{name}.{key}": "command line" for key in given}
+        tables[name] = tables[name] | given
+    made = make_views(preset or base.views, tables["views"])
+    second = make_views(made, tables["second_views"]) if tables["second_views"] else None
+    chosen = {name: value for name, value in options.items() if value is not None}
+    return replace(base, views=made, second_views=second, **chosen), origin
+
+
 def _command(
     ctx: typer.Context,
     recipe: Annotated[str, typer.Argument(help=f"One of {', '.join(RECIPES)}.")],
@@ -840,24 +869,7 @@ def _command(
 
     rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
     try:
-        base, origin = RECIPES.get(recipe), {}
-        if base is None:
-            raise RunError(f"unknown recipe {recipe!r}; choose one of {', '.join(RECIPES)}")
-        for name in options:
-            source = ctx.get_parameter_source(name)
-            if source is not None and options[name] is not None:
-                origin[name] = "file" if source.name == "DEFAULT_MAP" else "command line"
-        tables = ctx.obj or {name: {} for name in VIEW_TABLES}
-        preset = views or tables["views"].pop("preset", None)
-        for name, texts in zip(VIEW_TABLES, (view, second_view), strict=True):
-            given = parse_changes(texts or [])
-            origin |= {f"{name}.{key}": "file" for key in tables[name]}
-            origin |= {f"{name}.{key}": "command line" for key in given}
-            tables[name] = tables[name] | given
-        made = make_views(preset or base.views, tables["views"])
-        second = make_views(made, tables["second_views"]) if tables["second_views"] else None
-        chosen = {name: value for name, value in options.items() if value is not None}
-        resolved = replace(base, views=made, second_views=second, **chosen)
+        resolved, origin = resolve(ctx, recipe, views, view, second_view, **options)
         record(train)(resolved, recipe=recipe, out=out, resume=resume, origin=origin)
     except Preempted as error:
         typer.echo(f"{rank}{error}", err=True)

@@ -49,7 +49,8 @@ def test_imports_follow_the_plan(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "program", ["train.py", "tools/make_shards.py", "tools/evaluate.py", "tools/export.py", "tools/show_views.py"]
+    "program",
+    ["train.py", *(f"tools/{name}.py" for name in ("make_shards", "evaluate", "export", "show_views", "doctor"))],
 )
 def test_programs_import_nothing_slow_to_show_their_help(program: str) -> None:
     """torch alone takes three seconds; --help answers at once."""
