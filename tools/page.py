@@ -34,7 +34,7 @@ Layout = Literal["auto", "tsne", "pca"]
 
 NEIGHBOURS = 8  # kept of each image
 THUMBNAIL = 64  # px at most
-SIDE = 1000  # of the map, in its own units
+SIDE, MARGIN = 1000, 20  # of the map, in its own units
 BUCKETS = 300  # points of a curve at most; more rows than that are averaged
 VIEW_ROWS, VIEW_PAIRS = 6, 3
 
@@ -193,12 +193,12 @@ def curves(file: Path) -> dict[str, tuple[Line, int]]:
     return {key: (line, lost[key]) for key, line in found.items() if line[0]}
 
 
-def finetunings(file: Path, sha256: str) -> tuple[list[tuple[str, dict[str, Line]]], int]:
-    """([(what was done, {name: top-1 in % over epochs})], how many are of other weights and left out).
+def finetunings(file: Path, sha256: str) -> tuple[dict[tuple[str, str], dict[str, Line]], int]:
+    """({(labels used, how): {name: top-1 in % over epochs}}, how many are of other weights and left out).
 
-    What was done in the same way (random weights too) stands together; of the same thing done twice, the last.
+    What was done in the same way, random weights too, stands together; of the same thing done twice, the last.
     """
-    charts: dict[str, dict[str, Line]] = {}
+    charts: dict[tuple[str, str], dict[str, Line]] = {}
     others = 0
     for number, row in enumerate(read_rows(file), 1):
         if row.get("evaluation") != "finetune":
@@ -207,19 +207,19 @@ def finetunings(file: Path, sha256: str) -> tuple[list[tuple[str, dict[str, Line
             if row["sha256"] not in (None, sha256):
                 others += 1
                 continue
-            options = row["options"]
-            share = "listed labels" if options["percent"] is None else f"{options['percent']:g} % of the labels"
-            title = (
-                f"{share}, {options['labels']} images of {row['train']['name']}: top-1 % on {row['test']['name']}; "
-                f"batch {options['batch_size']}, base_lr {options['base_lr']:g}, {options['epochs']} epochs, "
-                f"{options['head_layers']} head layers, seed {options['seed']}"
+            of, train, test = row["options"], row["train"]["name"], row["test"]["name"]
+            share = "Listed labels" if of["percent"] is None else f"{of['percent']:g} % of the labels"
+            title = f"{share}: top-1 accuracy, %"
+            how = (
+                f"{of['labels']} images of {train}, scored on {test}, batch {of['batch_size']}, base_lr "
+                f"{of['base_lr']:g}, {of['epochs']} epochs, {of['head_layers']} head layers, seed {of['seed']}"
             )
             for name, curve in row["curves"].items():
                 line = [each["epoch"] for each in curve], [100 * each["top1"] for each in curve]
-                charts.setdefault(title, {})[name] = line
+                charts.setdefault((title, how), {})[name] = line
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file}, line {number}: not what `evaluate.py finetune` records: {error!r}") from error
-    return list(charts.items()), others
+    return charts, others
 
 
 # ---- HTML ----------------------------------------------------------------------------------------------------------
@@ -244,8 +244,8 @@ def picture(pixels: NDArray[np.uint8]) -> str:
     from PIL import Image
 
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "WebP", quality=80)
-    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
+    Image.fromarray(pixels).save(file, "JPEG", quality=75, subsampling=0)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def sheet(thumbnails: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -273,7 +273,7 @@ def page(
     shown: Gallery,
     examples: int,
     charts: Mapping[str, tuple[Line, int]],
-    tuned: tuple[Sequence[tuple[str, Mapping[str, Line]]], int],
+    tuned: tuple[Mapping[tuple[str, str], Mapping[str, Line]], int],
     grid: NDArray[np.uint8] | None,
 ) -> str:
     """The file's text; `grid` are pixels (H, W, 3) of views. What there is nothing of has no section."""
@@ -282,10 +282,12 @@ def page(
     style += "".join(f".c{i}{{--h:{hue:.0f};--k:{i % 2}}}" for i, hue in enumerate(hues(len(shown.classes))))
     sections = [map_section(shown), neighbour_section(shown, examples)]
     if charts:
-        drawn = [chart(key, {key: line}, "step", lost) for key, (line, lost) in charts.items()]
+        drawn = []
+        for key, (line, lost) in charts.items():
+            drawn.append(chart(key, {key: line}, "step", f"{lost} values not finite" if lost else ""))
         sections.append(section("Training", el("div", *drawn, class_="charts")))
     if tuned[0] or tuned[1]:
-        drawn = [chart(name, lines, "epoch") for name, lines in tuned[0]]
+        drawn = [chart(name, lines, "epoch", note) for (name, note), lines in tuned[0].items()]
         left = [el("p", f"{tuned[1]} fine-tunings of other weights are left out.")] if tuned[1] else []
         sections.append(section("Fine-tuning", el("div", *drawn, class_="charts"), *left))
     if grid is not None:
@@ -329,14 +331,16 @@ def _data(shown: Gallery) -> str:
 
 
 def section(name: str, *children: Element) -> Element:
-    return el("section", el("h2", name, id=name.lower()), *children, aria_labelledby=name.lower())
+    heading = f"about-{name.lower()}"
+    return el("section", el("h2", name, id=heading), *children, aria_labelledby=heading)
 
 
 def map_section(shown: Gallery) -> Element:
     """Dots in the order of the images, a legend that picks classes, and a panel for the image that is chosen."""
     low, high = shown.places.min(0), shown.places.max(0)
-    spots = (shown.places - (low + high) / 2) / (high - low).max() * 0.96 * SIDE + SIDE / 2  # both axes to one scale
-    spots[:, 1] = SIDE - spots[:, 1]
+    scale = (SIDE - 2 * MARGIN) / (high - low).max()  # of both axes
+    width, height = (high - low) * scale + 2 * MARGIN
+    spots = np.stack([shown.places[:, 0] - low[0], high[1] - shown.places[:, 1]], 1) * scale + MARGIN
     dots = [
         el("circle", class_=f"c{max(label, 0)}", cx=f"{x:.1f}", cy=f"{y:.1f}", r=7)
         for label, (x, y) in zip(shown.labels, spots, strict=True)
@@ -361,7 +365,7 @@ def map_section(shown: Gallery) -> Element:
         el("g", *dots, id="dots"),
         el("circle", id="ring", r=14),
         id="map",
-        viewBox=f"0 0 {SIDE} {SIDE}",
+        viewBox=f"0 0 {width:.0f} {height:.0f}",
         tabindex=0,
         role="application",
         aria_label=label,
@@ -419,8 +423,8 @@ WIDTH, HEIGHT = 360, 190
 LEFT, RIGHT, TOP, BOTTOM = 54, 12, 10, 24  # margins
 
 
-def chart(title: str, lines: Mapping[str, Line], x_name: str, lost: int = 0) -> Element:
-    """A figure of named lines over one x, with `lost` values left out; caption and label say in words what it shows."""
+def chart(title: str, lines: Mapping[str, Line], x_name: str, note: str = "") -> Element:
+    """A figure of named lines over one x; its caption and its label say in words what it shows."""
     xs, ys = (np.concatenate([np.asarray(line[axis], float) for line in lines.values()]) for axis in (0, 1))
     across, up = _ticks(xs.min(), xs.max(), whole=True), _ticks(ys.min(), ys.max())
 
@@ -439,7 +443,8 @@ def chart(title: str, lines: Mapping[str, Line], x_name: str, lost: int = 0) -> 
         drawn.append(el("line", class_="grid", x1=LEFT, x2=WIDTH - RIGHT, y1=level, y2=level))
         drawn.append(el("text", _number(tick), x=LEFT - 6, y=level, dy="0.35em", text_anchor="end"))
     for tick in across:
-        drawn.append(el("text", _number(tick), x=f"{x_of(tick):.1f}", y=HEIGHT - 6, text_anchor="middle"))
+        anchor = "end" if tick == across[-1] else "middle"
+        drawn.append(el("text", _number(tick), x=f"{x_of(tick):.1f}", y=HEIGHT - 6, text_anchor=anchor))
     said: list[str] = []
     keys: list[Element] = []
     each = 1  # rows that a point stands for, at most
@@ -466,8 +471,8 @@ def chart(title: str, lines: Mapping[str, Line], x_name: str, lost: int = 0) -> 
         notes.insert(0, f"last {_number(ys[-1])}")
     if each > 1:
         notes.append(f"mean and range of each {each} rows")
-    if lost:
-        notes.append(f"{lost} values not finite")
+    if note:
+        notes.append(note)
     label = f"{title}. {'; '.join(said)}; {', '.join(notes)}"
     svg = el("svg", *drawn, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=label)
     return el("figure", el("figcaption", el("b", title), *keys, el("small", ", ".join(notes))), svg)
@@ -511,16 +516,16 @@ dd{margin:0;overflow-wrap:anywhere}
 background-size:calc(var(--s)*var(--columns)) auto;print-color-adjust:exact;
 background-position:calc(var(--s)*var(--x)*-1) calc(var(--s)*var(--y)*-1)}
 .map{display:flex;flex-wrap:wrap;gap:1rem}
-#map{flex:1 1 26rem;min-width:0;max-width:46rem;aspect-ratio:1;background:var(--raised);border:1px solid var(--line);
-border-radius:6px;cursor:crosshair;touch-action:manipulation}
+#map{flex:1 1 26rem;align-self:start;min-width:0;max-width:46rem;max-height:46rem;
+background:var(--raised);border:1px solid var(--line);border-radius:6px;cursor:crosshair;touch-action:manipulation}
 .map>div{flex:1 1 18rem}
 #dots circle,i{color:oklch(calc(var(--light) + var(--k,0)*var(--step)) var(--chroma) var(--h,250))}
-#dots circle{fill:currentColor}
+#dots circle{fill:currentColor;stroke:var(--raised);stroke-width:1.5}
 #dots .off{opacity:.08}
 #ring{fill:none;stroke:var(--front);stroke-width:3;visibility:hidden}
 #links{fill:none;stroke:var(--front);stroke-width:1.5}
 #panel{min-height:19rem}
-#panel .thumb:first-child{--s:8rem}
+#panel>.thumb{--s:8rem}
 #panel p{margin:.25rem 0;overflow-wrap:anywhere}
 #panel div{display:flex;flex-wrap:wrap;gap:.5rem}
 #panel figure{margin:0;width:4rem;font-size:.8125rem;line-height:1.25;overflow-wrap:anywhere}
@@ -535,7 +540,8 @@ table{border-spacing:.375rem;text-align:left;font-size:.8125rem;line-height:1.25
 th,td{vertical-align:top;font-weight:400;padding:0}
 thead th{color:var(--quiet)}
 tbody th{padding-right:1rem;font-weight:600}
-table span{display:block;width:4rem;overflow-wrap:anywhere}
+table span{display:block;width:5.75rem;overflow-wrap:anywhere}
+table .thumb{--s:5.75rem}
 .other .thumb{outline:2px dashed var(--front);outline-offset:1px}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(20rem,100%),1fr));gap:1.5rem}
 .charts figure{margin:0;display:flex;flex-direction:column}
@@ -663,7 +669,7 @@ def compose(
     """
     shown = gallery(dataset, views, features, layout, seed)
     charts: dict[str, tuple[Line, int]] = {}
-    tuned: tuple[list[tuple[str, dict[str, Line]]], int] = ([], 0)
+    tuned: tuple[dict[tuple[str, str], dict[str, Line]], int] = ({}, 0)
     grid = None
     if facts["sha256"]:
         run = next((folder for folder in weights.absolute().parents[1:3] if (folder / "metrics.jsonl").is_file()), None)
