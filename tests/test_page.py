@@ -23,6 +23,7 @@ from pipeline.shards import Sample, read_dataset
 from pipeline.subset import keys
 from pipeline.views import make_views
 from pipeline.write import write_shards
+from tests.browser import Browser
 from tools.evaluate import app
 from tools.page import SCRIPT, Gallery, page, place
 
@@ -418,3 +419,103 @@ def test_what_cannot_be_shown_is_said_in_a_line(fault, run_folder, shards, tmp_p
     assert said.strip().splitlines()[-1].startswith("evaluate: ")
     assert (file.read_text() if file.exists() else None) == before
     assert not list(tmp_path.glob(".*"))
+
+
+CHOSEN = "(({ring, panel}) => [ring.getAttribute('cx'), ring.getAttribute('cy'), panel.textContent])(window)"
+BOX = "(node => { const {x, y, width, height} = node.getBoundingClientRect(); return [x, y, width, height] })"
+CONTRAST = """(() => {  // of colours as drawn, by WCAG's formula
+  const canvas = Object.assign(document.createElement("canvas"), {width: 1, height: 1})
+  const context = canvas.getContext("2d", {willReadFrequently: true})
+  const light = color => {
+    context.fillStyle = color
+    context.fillRect(0, 0, 1, 1)
+    const [r, g, b] = [...context.getImageData(0, 0, 1, 1).data].map(
+      value => value / 255 <= 0.04045 ? value / 255 / 12.92 : ((value / 255 + 0.055) / 1.055) ** 2.4)
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b
+  }
+  const of = (one, other) => {
+    const [a, b] = [light(one), light(other)].sort((a, b) => b - a)
+    return (a + 0.05) / (b + 0.05)
+  }
+  const all = (selector, property) =>
+    [...document.querySelectorAll(selector)].map(node => getComputedStyle(node)[property])
+  const [body] = all("body", "backgroundColor"), [map] = all("#map", "backgroundColor")
+  return {
+    body: light(body),
+    text: Math.min(...all("h1, p, dt, dd, small, summary, button, th, td, b", "color").map(color => of(color, body))),
+    axes: Math.min(...all(".charts text", "fill").map(color => of(color, body))),
+    dots: Math.min(...all("#dots circle", "color").map(color => of(color, map))),
+    lines: Math.min(...all("polyline", "color").map(color => of(color, body))),
+  }
+})()"""
+
+
+@pytest.mark.parametrize(("theme", "width"), [("light", 1200), ("dark", 400)])
+def test_a_browser_shows_what_is_pointed_at(theme, width, written, shards, tmp_path):
+    """Mouse and keys choose images, the panel has their words and pixels, the legend picks; nothing else is fetched."""
+    file, tree, _ = written
+    data = data_of(tree)
+    dots = [(dot["cx"], dot["cy"]) for dot in tree.one("g", id="dots").all("circle")]
+
+    def is_chosen(i):
+        *at, text = page.script(CHOSEN)
+        near = "".join(CLASSES[data["labels"][j]] for j in data["nearest"][i])
+        return tuple(at) == dots[i] and text == f"{CLASSES[data['labels'][i]]} {data['keys'][i]}nearest{near}"
+
+    with Browser(file, theme, width, 900) as page:
+        assert page.script("document.documentElement.scrollWidth <= innerWidth"), "the page is wider than its window"
+        page.script("document.getElementById('map').scrollIntoView()")
+        x, y, w, h = page.script(f"{BOX}(document.getElementById('dots').children[17])")
+        page.move(x + w / 2, y + h / 2)
+        assert is_chosen(17)
+
+        page.script("document.getElementById('panel').scrollIntoView()")
+        x, y, w, h = map(round, page.script(f"{BOX}(document.getElementById('panel').firstChild)"))
+        page.shoot(tmp_path / "page.png")
+        seen = Image.open(tmp_path / "page.png").convert("RGB").crop((x, y, x + w, y + h)).resize((32, 32))
+        apart = {name: np.abs(np.asarray(seen) - each.astype(float)).mean() for name, each in shards[1].items()}
+        assert min(apart, key=apart.get) == "drawing-" + data["keys"][17].rpartition("-")[2]
+
+        while page.script("document.activeElement.id") != "map":
+            page.key("Tab")
+        page.key("PageDown")
+        assert is_chosen(18)
+        page.key("PageUp")
+        page.key("PageUp")
+        assert is_chosen(16)
+        start = np.array(dots[16], float)
+        page.key("Left")
+        moved = np.array(page.script(CHOSEN)[:2], float) - start
+        assert -moved[0] >= abs(moved[1])
+        assert moved[0] < 0
+
+        button = "document.getElementById('legend').children[2]"
+        page.script(f"{button}.scrollIntoView()")
+        x, y, w, h = page.script(f"{BOX}({button})")
+        page.click(x + w / 2, y + h / 2)
+        assert page.script(f"{button}.getAttribute('aria-pressed')") == "true"
+        dim = page.script(
+            "[...document.getElementById('dots').children].map(dot => getComputedStyle(dot).opacity < 0.5)"
+        )
+        assert dim == [label != 2 for label in data["labels"]]
+        page.key("PageDown")  # the button has the focus: this only scrolls
+        contrast = page.script(CONTRAST)
+        assert (contrast["body"] > 0.5) == (theme == "light")
+        assert min(contrast["text"], contrast["axes"]) >= 4.5
+        assert min(contrast["dots"], contrast["lines"]) >= 3
+        assert page.requests == [file.as_uri()]
+        assert page.console == []
+
+
+@pytest.mark.parametrize("policy", [True, False])
+def test_the_policy_keeps_planted_code_out(policy, written, tmp_path):
+    """A script and a picture from a network, planted in the page, do nothing; without the policy both do."""
+    _, _, text = written
+    planted = '<img src="http://127.0.0.1:9/spy.png"><script>document.title = "taken over"</script></body>'
+    text = text.replace("</body>", planted)
+    if not policy:
+        text = re.sub("<meta http-equiv=[^>]*>", "", text)
+    (tmp_path / "page.html").write_text(text)
+    with Browser(tmp_path / "page.html", "light", 800, 600) as page:
+        assert (page.script("document.title") == "taken over") == (not policy)
+        assert any("spy.png" in address for address in page.requests) == (not policy)

@@ -497,7 +497,7 @@ def _number(value: float) -> str:
 
 STYLE = """
 :root{color-scheme:light dark;--back:#fff;--front:#1b1c1e;--quiet:#5c6066;--line:#d8dade;--raised:#f5f6f7;
---s0:#0b62c4;--s1:#b8430a;--s2:#4d7a0f;--light:.5;--step:.14;--chroma:.15}
+--s0:#0b62c4;--s1:#b8430a;--s2:#4d7a0f;--light:.46;--step:.14;--chroma:.15}
 @media(prefers-color-scheme:dark){:root{--back:#141517;--front:#e9eaec;--quiet:#a3a7ad;--line:#3a3d42;--raised:#1e2023;
 --s0:#7db4ff;--s1:#ffa070;--s2:#a9d65c;--light:.68;--step:.16;--chroma:.14}}
 *{box-sizing:border-box}
@@ -528,7 +528,7 @@ background:var(--raised);border:1px solid var(--line);border-radius:6px;cursor:c
 #panel>.thumb{--s:8rem}
 #panel p{margin:.25rem 0;overflow-wrap:anywhere}
 #panel div{display:flex;flex-wrap:wrap;gap:.5rem}
-#panel figure{margin:0;width:4rem;font-size:.8125rem;line-height:1.25;overflow-wrap:anywhere}
+#panel figure{margin:0;width:5rem;font-size:.8125rem;line-height:1.25;overflow-wrap:anywhere}
 summary{cursor:pointer}
 #legend{display:flex;flex-wrap:wrap;gap:.375rem;max-height:20rem;overflow:auto;padding:.375rem 4px}
 button{font:inherit;font-size:.875rem;color:inherit;background:none;border:1px solid var(--line);border-radius:99px;
