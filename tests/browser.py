@@ -1,16 +1,25 @@
 """A browser for tests: Chromium as Qt WebEngine brings it (pip install PySide6-WebEngine), without a screen.
 
 `Browser` starts this file as a program in a process of its own, for Qt wants to be alone, and talks to it in lines of
-JSON. Mouse and keys take the way that a person's take.
+JSON. Mouse and keys take the way that a person's take, so what they come to is there a little later: `eventually`.
 """
 
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+
+def eventually(holds, seconds=20):
+    """Whether it does, within so many seconds."""
+    end = time.monotonic() + seconds
+    while not (held := holds()) and time.monotonic() < end:
+        time.sleep(0.1)
+    return held
 
 
 class Browser:
@@ -53,7 +62,7 @@ class Browser:
         self._ask("click", [x, y])
 
     def shoot(self, file):
-        """A PNG of the window."""
+        """A PNG of the window as it is drawn by now."""
         self._ask("shoot", str(file))
 
     @property
@@ -73,7 +82,7 @@ def main(file, theme, width, height):
     flags = f"--no-sandbox --disable-gpu --blink-settings=preferredColorScheme={scheme}"
     os.environ["QTWEBENGINE_CHROMIUM_FLAGS"] = flags
     try:
-        from PySide6.QtCore import QEventLoop, QPoint, Qt, QTimer, QUrl
+        from PySide6.QtCore import QEventLoop, QPoint, Qt, QUrl
         from PySide6.QtTest import QTest
         from PySide6.QtWebEngineCore import (
             QWebEnginePage,
@@ -118,10 +127,6 @@ def main(file, theme, width, height):
             loop.exec()
         return found[0]
 
-    def settle():
-        """Until what was done is handled and drawn."""
-        wait_for(lambda done: QTimer.singleShot(250, done))
-
     def load(done):
         page.loadFinished.connect(done)
         page.load(QUrl.fromLocalFile(str(Path(file).resolve())))
@@ -135,7 +140,6 @@ def main(file, theme, width, height):
         elif kind == "key":
             QTest.keyClick(target, getattr(Qt.Key, f"Key_{value}"))
         elif kind == "shoot":
-            settle()
             view.grab().save(value)
         elif kind == "click":
             QTest.mouseClick(target, Qt.MouseButton.LeftButton, pos=at)
@@ -143,8 +147,6 @@ def main(file, theme, width, height):
             QTest.mouseMove(target, at)
         else:
             result = {"requests": requests, "console": console}[kind]
-        if kind in ("key", "click", "move"):
-            settle()
         answer(result)
     del application
 

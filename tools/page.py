@@ -37,6 +37,7 @@ THUMBNAIL = 64  # px at most
 SIDE, MARGIN = 1000, 20  # of the map, in its own units
 BUCKETS = 300  # points of a curve at most; more rows than that are averaged
 VIEW_ROWS, VIEW_PAIRS = 6, 3
+FEWEST = 8  # images of a page
 
 
 # ---- what there is to show -----------------------------------------------------------------------------------------
@@ -175,7 +176,7 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 
 
 def curves(file: Path) -> dict[str, tuple[Line, int]]:
-    """By key of metrics.jsonl: its finite numbers over the steps, and how many of its values are none (null, NaN)."""
+    """By key of metrics.jsonl: its finite numbers over the steps, and how many of its values are not (null, NaN)."""
     found: dict[str, tuple[list[float], list[float]]] = {}
     lost: Counter[str] = Counter()
     for number, row in enumerate(read_rows(file), 1):
@@ -190,7 +191,7 @@ def curves(file: Path) -> dict[str, tuple[Line, int]]:
                 values.append(value)
             else:
                 lost[key] += 1
-    return {key: (line, lost[key]) for key, line in found.items() if line[0]}
+    return {key: (line, lost[key]) for key, line in found.items()}
 
 
 def finetunings(file: Path, sha256: str) -> tuple[dict[tuple[str, str], dict[str, Line]], int]:
@@ -284,14 +285,15 @@ def page(
     if charts:
         drawn = []
         for key, (line, lost) in charts.items():
-            drawn.append(chart(key, {key: line}, "step", f"{lost} values not finite" if lost else ""))
+            note = f"not finite: {lost}" if lost else ""
+            drawn.append(chart(key, {key: line}, "step", note) if line[0] else el("p", el("b", key), f" {note}"))
         sections.append(section("Training", el("div", *drawn, class_="charts")))
     if tuned[0] or tuned[1]:
         drawn = [chart(name, lines, "epoch", note) for (name, note), lines in tuned[0].items()]
-        left = [el("p", f"{tuned[1]} fine-tunings of other weights are left out.")] if tuned[1] else []
+        left = [el("p", f"Left out, being of other weights: {tuned[1]}.")] if tuned[1] else []
         sections.append(section("Fine-tuning", el("div", *drawn, class_="charts"), *left))
     if grid is not None:
-        text = f"{VIEW_ROWS} images: each as the encoder is asked about it, then {VIEW_PAIRS} pairs of views"
+        text = f"{VIEW_ROWS} images: each as it is cropped to be evaluated, then {VIEW_PAIRS} pairs of its views"
         views = el("img", class_="views", alt=text, src=picture(grid), width=grid.shape[1], height=grid.shape[0])
         sections.append(section("Views", el("p", f"{text}, drawn as in training."), views))
     about = [el("div", el("dt", name), el("dd", value)) for name, value in facts.items()]
@@ -641,9 +643,14 @@ find("legend")?.childNodes.forEach((button, label) => button.addEventListener("c
 
 
 def draw_sample(dataset: "Dataset", count: int, seed: int, folder: Path) -> "Dataset":
-    """`count` images drawn from a data set, with their indexes in the existing `folder`; all, if it has no more."""
+    """`count` images drawn from a data set, with their indexes in the existing `folder`; all, if it has no more.
+
+    Raises ValueError for a data set that is too small for a page.
+    """
     from pipeline.subset import write_subset
 
+    if dataset.samples < FEWEST:
+        raise ValueError(f"a page needs at least {FEWEST} images, {dataset.root} has {dataset.samples}")
     if dataset.samples <= count:
         return dataset
     order = np.random.Generator(np.random.Philox(seed)).permutation(dataset.samples)
