@@ -62,7 +62,7 @@ class Browser:
         self._ask("click", [x, y])
 
     def shoot(self, file):
-        """A PNG of the window as it is drawn by now."""
+        """A PNG of the window as it is drawn by now; the page moves on only while it is asked something."""
         self._ask("shoot", str(file))
 
     @property
