@@ -650,7 +650,7 @@ def draw_sample(dataset: "Dataset", count: int, seed: int, folder: Path) -> "Dat
     from pipeline.subset import write_subset
 
     if dataset.samples < FEWEST:
-        raise ValueError(f"a page needs at least {FEWEST} images, {dataset.root} has {dataset.samples}")
+        raise ValueError(f"a page needs at least {FEWEST} images, {dataset.address} has {dataset.samples}")
     if dataset.samples <= count:
         return dataset
     order = np.random.Generator(np.random.Philox(seed)).permutation(dataset.samples)
