@@ -1,4 +1,7 @@
-"""Programs, one typer command line per file, imported by nobody. They share how they fail, and how they read a run."""
+"""Programs, one typer command line per file. They share how they fail, and how they read a run.
+
+page.py alone is none: it makes what `evaluate.py page` writes, with the grid that show_views.py draws.
+"""
 
 import contextlib
 import json

@@ -5,6 +5,7 @@
     python tools/evaluate.py logistic RUN TRAIN TEST      its transfer protocol: L-BFGS, the best of 45 l2
     python tools/evaluate.py finetune RUN TRAIN TEST --percent 1 --from-scratch
     python tools/evaluate.py embed RUN DATA OUT.npz       features, labels and keys
+    python tools/evaluate.py page RUN DATA OUT.html       a map, neighbours, curves and views: one file to look at
     accelerate launch --multi_gpu --num_processes N tools/evaluate.py ...
 
 RUN is a run, its encoder folder, a checkpoint, or a ResNet in safetensors under the names of torchvision, timm, lightly
@@ -349,10 +350,7 @@ def embed(
     from tools import one_message
 
     with one_message("evaluate"):
-        if out.suffix not in (".npz", ".safetensors"):
-            raise ValueError(f"{out}: expected a name that ends in .npz or .safetensors")
-        if out.exists() or not out.parent.is_dir():
-            raise ValueError(f"{out} exists already" if out.exists() else f"the folder {out.parent} does not exist")
+        check_new(out, ".npz", ".safetensors")
         with session(encoder, [data], view, batch_size, random_init, seed, precision, out) as on:
             import numpy as np
             import torch
@@ -378,6 +376,57 @@ def embed(
                 write_tensors(partial, tensors, {"about": json.dumps(on.facts)})
             os.replace(partial, out)
             on.say(f"{out}: {', '.join(f'{name} {tuple(tensor.shape)}' for name, tensor in tensors.items())}")
+
+
+@app.command()
+def page(
+    encoder: EncoderPath,
+    data: Annotated[Path, typer.Argument(help="Shards, labelled or not.")],
+    out: Annotated[Path, typer.Argument(help="New file, .html.")],
+    points: Annotated[int, typer.Option(min=8, max=10_000, help="Images on the map, drawn by --seed.")] = 2000,
+    layout: Annotated[
+        Literal["auto", "tsne", "pca"], typer.Option("--map", help="auto is t-SNE where scikit-learn is installed.")
+    ] = "auto",
+    examples: Annotated[int, typer.Option(min=1, help="Images whose neighbours are shown.")] = 10,
+    evaluations: Annotated[
+        Path | None, typer.Option(help="Fine-tunings to draw. (default: evaluation.jsonl by the encoder)")
+    ] = None,
+    view: View = None,
+    batch_size: BatchSize = 256,
+    random_init: RandomInit = False,
+    seed: Seed = 0,
+    precision: Precision = "auto",
+) -> None:
+    """Write one HTML file: a map of the embeddings, nearest neighbours, curves of training and fine-tuning, views."""
+    from tools import one_message
+
+    with one_message("evaluate"):
+        check_new(out, ".html")
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            session(encoder, [data], view, batch_size, random_init, seed, precision, out) as on,
+        ):
+            from tools.page import compose, draw_sample
+
+            dataset = draw_sample(on.sets[0], points, seed, Path(folder))
+            features, _ = on.features(dataset)
+            if not on.main:
+                return
+            text = compose(
+                on.file,
+                on.facts,
+                dataset,
+                on.views,
+                features,
+                layout=layout,
+                examples=examples,
+                evaluations=evaluations,
+                seed=seed,
+            )
+            partial = out.with_name(f".{out.name}.tmp")
+            partial.write_bytes(text.encode("utf-8", "replace"))  # a class folder's name need not be Unicode
+            os.replace(partial, out)
+            on.say(f"{out}: {dataset.samples} images, {out.stat().st_size / 2**20:.1f} MiB")
 
 
 # ---- what the commands share ---------------------------------------------------------------------------------------
@@ -519,6 +568,14 @@ class Session:
         with open(self.results, "a") as file:
             file.write(json.dumps(row) + "\n")
         typer.echo(f"  appended to {self.results}")
+
+
+def check_new(out: Path, *suffixes: str) -> None:
+    """Raises ValueError if a file of these kinds cannot be written there without replacing one."""
+    if out.suffix not in suffixes:
+        raise ValueError(f"{out}: expected a name that ends in {' or '.join(suffixes)}")
+    if out.exists() or not out.parent.is_dir():
+        raise ValueError(f"{out} exists already" if out.exists() else f"the folder {out.parent} does not exist")
 
 
 def fit(

@@ -7,9 +7,15 @@ Column one is the image resized and centre-cropped; then pairs of views, drawn a
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.shards import Dataset
+    from pipeline.views import ViewConfig
 
 
 def show(
@@ -28,24 +34,34 @@ def show(
     from tools import one_message
 
     with one_message("show_views"):
-        import torch
-        from torchvision.utils import make_grid, save_image
+        from torchvision.utils import save_image
 
-        from pipeline.loader import build_eval_loader, build_loader
         from pipeline.shards import read_dataset
         from pipeline.views import make_views, parse_changes
 
-        config, dataset, device = make_views(views, parse_changes(view or [])), read_dataset(data), torch.device("cpu")
-        columns = [next(iter(build_eval_loader(dataset, config, images, device)))[0]]
+        config = make_views(views, parse_changes(view or []))
         second = make_views(config, parse_changes(second_view or []))
-        for pair in range(pairs):
-            loader = build_loader(dataset, config, images, device, seed=seed + pair, shuffle=0, second_views=second)
-            batch = next(loader)
-            columns += batch.views.split(images)
-        rows = config.pixels(torch.stack(columns, 1).flatten(0, 1))
+        drawn = grid(read_dataset(data), config, second, images=images, pairs=pairs, seed=seed)
         picture.parent.mkdir(parents=True, exist_ok=True)
-        save_image(make_grid(rows, nrow=1 + 2 * pairs), picture)
+        save_image(drawn, picture)
         typer.echo(f"{picture}: {images} images, each with {pairs} pairs of views at {config.size} px")
+
+
+def grid(
+    dataset: "Dataset", config: "ViewConfig", second: "ViewConfig", *, images: int, pairs: int, seed: int
+) -> "Tensor":
+    """Pixels (3, H, W) in [0, 1]: a row for each of the first `images`, itself and then its pairs of views."""
+    import torch
+    from torchvision.utils import make_grid
+
+    from pipeline.loader import build_eval_loader, build_loader
+
+    device = torch.device("cpu")
+    columns = [next(iter(build_eval_loader(dataset, config, images, device)))[0]]
+    for pair in range(pairs):
+        loader = build_loader(dataset, config, images, device, seed=seed + pair, shuffle=0, second_views=second)
+        columns += next(loader).views.split(images)
+    return make_grid(config.pixels(torch.stack(columns, 1).flatten(0, 1)), nrow=1 + 2 * pairs)
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
