@@ -449,14 +449,13 @@ def test_bars_stand_in_groups_along_the_last_axis(monkeypatch, tmp_path):
     axes = drawn(monkeypatch, "head", results(scores), tmp_path / "h.png").axes[0]
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["h", "32", "256"]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["head none", "head linear", "head nonlinear"]
-    groups = [
-        [(round(bar.get_x() + bar.get_width() / 2, 6), bar.get_height()) for bar in each]
-        for each in axes.containers
-        if hasattr(each, "patches")
+    groups = [each.patches for each in axes.containers if hasattr(each, "patches")]
+    assert [[bar.get_height() for bar in bars] for bars in groups] == [
+        [pytest.approx(x) for x in y] for y in ([30], [60, 60], [85])
     ]
-    heights = [[pytest.approx(height) for _, height in group] for group in groups]
-    assert heights == [[30], [60, 60], [85]]
-    assert [[round(x) for x, _ in group] for group in groups] == [[0], [1, 2], [2]]
+    middles = [[bar.get_x() + bar.get_width() / 2 for bar in bars] for bars in groups]
+    half = groups[0][0].get_width() / 2
+    assert middles == [[pytest.approx(x) for x in y] for y in ([0], [1, 2 - half], [2 + half])]
     assert axes.lines[-1].get_ydata()[0] == pytest.approx(10)
 
 

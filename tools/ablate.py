@@ -441,56 +441,67 @@ def draw(name: str, rows: Sequence[Mapping[str, str]], path: Path) -> None:
     except ModuleNotFoundError:
         typer.echo(f"no {path}: matplotlib is missing; pip install -e '.[eval]', and the same command draws it")
         return
-    if not rows:
+    if all(row["cell"] == RANDOM for row in rows):
         return
-    figure = Figure(figsize=(11, 5), layout="constrained")
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
     for axes, (score, text) in zip(figure.subplots(1, len(SCORES)), SCORES.items(), strict=True):
         found = summary(rows, score)
-        chance = found.pop(RANDOM, (math.nan, math.nan))
-        (matrix if name == "augment" else bars)(axes, found, chance[0])
-        axes.set_title(f"{text}, top-1 in %; freshly drawn weights {plus_minus(*chance)}", fontsize=9)
+        baseline = found.pop(RANDOM, (math.nan, math.nan))
+        if name == "augment":
+            matrix(axes, found)
+        else:
+            bars(axes, found)
+            axes.axhline(baseline[0], linestyle=":", color="gray")
+        axes.set_title(f"{text}, top-1 in %; freshly drawn weights {plus_minus(*baseline)}", fontsize=9)
     seeds = len({row["seed"] for row in rows})
-    figure.suptitle(f"{name}: {rows[-1]['data']}, {seeds} seeds; {rows[-1]['settings']}", fontsize=8)
+    figure.suptitle(f"{name}: {rows[-1]['data']}, seeds: {seeds}, {rows[-1]['settings']}", fontsize=8)
     figure.savefig(path, dpi=110)
-    typer.echo(f"{path}")
+    typer.echo(str(path))
 
 
-def matrix(axes: "Axes", found: Mapping[str, tuple[float, float]], _: float) -> None:
+def matrix(axes: "Axes", found: Mapping[str, tuple[float, float]]) -> None:
     """Figure 5: operators alone on the diagonal, pairs off it, the last column the mean of a row."""
     import numpy as np
 
     chosen = {cell.removeprefix("operators="): value for cell, value in found.items()}
-    names = [name for name in OPERATORS if any(name in cell.split("+") for cell in chosen)]
+    names = [name for name in OPERATORS if any(name in pair.split("+") for pair in chosen)]
     means = np.full((len(names), len(names) + 1), np.nan)
+    texts = np.full(means.shape, "", dtype=object)
     for i, j in itertools.product(range(len(names)), repeat=2):
         pair = "+".join(names[k] for k in sorted({i, j}))
-        mean, spread = chosen.get(pair, (math.nan, math.nan))
-        means[i, j] = mean
-        axes.text(j, i, plus_minus(mean, spread, "\n") if pair in chosen else "", ha="center", va="center", fontsize=8)
-    for i, row in enumerate(means):
-        if not np.isnan(row[:-1]).all():
-            row[-1] = np.nanmean(row[:-1])
-            axes.text(len(names), i, f"{row[-1]:.2f}", ha="center", va="center", fontsize=8)
-    axes.imshow(means, cmap="Blues_r", aspect="auto")
+        if pair in chosen:
+            means[i, j], texts[i, j] = chosen[pair][0], plus_minus(*chosen[pair], "\n")
+    means[:, -1] = np.nanmean(means[:, :-1], axis=1)
+    texts[:, -1] = [f"{mean:.2f}" for mean in means[:, -1]]
+    low, high = np.nanmin(means), np.nanmax(means)
+    axes.imshow(means, cmap="Blues", vmin=low, vmax=high + (high - low) / 2, aspect="auto")  # black is read on all
+    for (i, j), text in np.ndenumerate(texts):
+        axes.text(j, i, text, ha="center", va="center", fontsize=8)
     axes.set_xticks(range(len(names) + 1), [*names, "mean"])
     axes.set_yticks(range(len(names)), names)
 
 
-def bars(axes: "Axes", found: Mapping[str, tuple[float, float]], chance: float) -> None:
-    """Figures 8 and 9: the grid's last axis along the figure, another in groups; lines show the spread of the seeds."""
+def bars(axes: "Axes", found: Mapping[str, tuple[float, float]]) -> None:
+    """Figures 8 and 9: the grid's last axis along the figure, another in groups; lines show the spread of the seeds.
+
+    A cell without the last axis stands at "h": without a head that is what the loss gets.
+    """
     at = {cell: dict(part.split("=") for part in cell.split("/")) for cell in found}
     *grouping, along = dict.fromkeys(name for place in at.values() for name in place)
     ticks = sorted({place.get(along, "h") for place in at.values()}, key=lambda tick: (tick != "h", number(tick), tick))
-    groups: dict[str, list[str]] = {}
+    groups: dict[str, dict[str, str]] = {}  # {label: {tick: cell}}
     for cell, place in at.items():
-        groups.setdefault(" ".join(f"{name} {place[name]}" for name in grouping), []).append(cell)
+        label = " ".join(f"{name} {place[name]}" for name in grouping)
+        groups.setdefault(label, {})[place.get(along, "h")] = cell
     width = 0.8 / len(groups)
-    for i, (label, cells) in enumerate(groups.items()):
-        where = [ticks.index(at[cell].get(along, "h")) + (i - (len(groups) - 1) / 2) * width for cell in cells]
-        means, spreads = zip(*(found[cell] for cell in cells), strict=True)
+    for label, group in groups.items():
+        where = []
+        for tick in group:  # beside the others of its tick, their middle on it
+            beside = [other for other, cells in groups.items() if tick in cells]
+            where.append(ticks.index(tick) + (beside.index(label) - (len(beside) - 1) / 2) * width)
+        means, spreads = zip(*map(found.__getitem__, group.values()), strict=True)
         drawn = axes.bar(where, means, width, yerr=spreads, capsize=3, label=label)
         axes.bar_label(drawn, fmt="%.1f", fontsize=7)
-    axes.axhline(chance, linestyle=":", color="gray")
     axes.set_xticks(range(len(ticks)), ticks)
     axes.set_xlabel(along)
     if grouping:
@@ -501,7 +512,7 @@ def number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        return math.nan
+        return math.inf
 
 
 if __name__ == "__main__":
