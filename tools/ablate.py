@@ -293,7 +293,7 @@ class Study:
         metrics, speed = _rows(run / "metrics.jsonl"), _rows(run / "speed.jsonl")
         losses = [row["loss"] for row in metrics if row.get("loss") is not None]
         return {
-            "loss": statistics.mean(losses[-(self.train.samples // config["batch_size"]) :]),
+            "loss": round(statistics.mean(losses[-(self.train.samples // config["batch_size"]) :]), 4),
             "seconds": round(_training_s(speed, metrics[-1]["step"]), 1),
             "threads": config["cpu_threads"] or "",
         }
