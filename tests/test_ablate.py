@@ -475,6 +475,7 @@ def test_a_real_grid_from_end_to_end(data, tmp_path, monkeypatch):
         assert done.exit_code == 0, done.output
 
     monkeypatch.setattr(ablate.Study, "call", call)
+    monkeypatch.setattr(ablate, "L2", (100, 1000))
     out = tmp_path / "out"
     tiny = [
         "--depth",
@@ -498,6 +499,7 @@ def test_a_real_grid_from_end_to_end(data, tmp_path, monkeypatch):
     for row in rows(out):
         told = [json.loads(line) for line in (out / row["cell"] / "seed=0.jsonl").read_text().splitlines()]
         assert [each["evaluation"] for each in told] == ["knn", "logistic"]
+        assert [l2 for l2, _ in told[1]["tried"]] == [1000, 100]
         assert float(row["knn"]) == told[0]["scores"]["k=200"]["top1"]
         assert float(row["logistic"]) == told[1]["scores"]["logistic"]["top1"]
         assert (told[0]["weights"] == "random, seed 0") == (row["cell"] == "random")
