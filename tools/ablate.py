@@ -37,6 +37,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -452,9 +453,11 @@ def draw(name: str, rows: Sequence[Mapping[str, str]], path: Path) -> None:
         else:
             bars(axes, found)
             axes.axhline(baseline[0], linestyle=":", color="gray")
-        axes.set_title(f"{text}, top-1 in %; freshly drawn weights {plus_minus(*baseline)}", fontsize=9)
+        known = "" if math.isnan(baseline[0]) else f"; freshly drawn weights {plus_minus(*baseline)}"
+        axes.set_title(f"{text}, top-1 in %{known}", fontsize=9)
     seeds = len({row["seed"] for row in rows})
-    figure.suptitle(f"{name}: {rows[-1]['data']}, seeds: {seeds}, {rows[-1]['settings']}", fontsize=8)
+    title = f"{name}: {rows[-1]['data']}, seeds: {seeds}, {rows[-1]['settings']}"
+    figure.suptitle(textwrap.fill(title, 150, break_on_hyphens=False), fontsize=8)
     figure.savefig(path, dpi=110)
     typer.echo(str(path))
 
@@ -505,7 +508,8 @@ def bars(axes: "Axes", found: Mapping[str, tuple[float, float]]) -> None:
     axes.set_xticks(range(len(ticks)), ticks)
     axes.set_xlabel(along)
     if grouping:
-        axes.legend(fontsize=8, loc="lower right")
+        axes.margins(y=0.2)
+        axes.legend(fontsize=8, loc="upper center", ncols=3)
 
 
 def number(text: str) -> float:
