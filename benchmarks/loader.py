@@ -403,6 +403,7 @@ def usual_dali(task: Task, *, masks: bool = False) -> Batches:
 
 PEERS: dict[str, Callable[[Task], Batches]] = {
     OURS: ours,
+    f"{OURS}, reference": partial(ours, profile="reference"),
     "torchvision, PIL": torchvision_pil,
     "torchvision v2, tensors": torchvision_v2,
     "webdataset + torchvision": webdataset,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import itertools
 import re
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -191,6 +192,31 @@ def training(rows: list[Row]) -> str:
         text += f"\n{run[-1]['run']}: `{run[-1]['command']}`\n"
         text += conditions(run, "training.csv", f"training-{run[-1]['run']}.png")
     return text + "\n"
+
+
+def reproduction(rows: list[Row]) -> str:
+    """What encoders reach beside what is published: mean and standard deviation over the seeds."""
+
+    def over_seeds(part: list[Row], column: str) -> str:
+        values = [100 * float(row[column]) for row in part]
+        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.1f}{spread} %"
+
+    lines, text = [], ""
+    for part in parted(newest(rows, ["run"], ["seed"]), "run"):
+        first = part[0]
+        minutes = statistics.mean(float(row["training_s"]) for row in part) / 60
+        what = [first["run"], f"{first['encoder']}, batch {first['batch_size']}, {first['epochs']} epochs"]
+        ours = [
+            f"{over_seeds(part, name)} ({over_seeds(part, without)})"
+            for name, without in (("knn", "knn_random"), ("logistic", "logistic_random"), ("finetune", "scratch"))
+        ]
+        labels = f"{float(first['percent']):g} % of the labels"
+        lines.append([*what, f"{minutes:.0f} min", str(len(part)), *ours, labels, first["published"]])
+        text += f"\n{first['run']}: `{first['command']}`\n" + conditions(part, "reproduction.csv")
+    head = ["run", "encoder", "training", "seeds", "kNN (random weights)", "logistic (random weights)"]
+    head += ["fine-tuned (from scratch)", "on", "published"]
+    return "\n" + table(head, lines) + text + "\n"
 
 
 def loss(rows: list[Row]) -> str:
@@ -389,6 +415,7 @@ def scaling(rows: list[Row]) -> str:
 BLOCKS: dict[str, Callable[[list[Row]], str]] = {
     "demo": demo,
     "training": training,
+    "reproduction": reproduction,
     "sweep": sweep,
     "against": against,
     "loader": loader,

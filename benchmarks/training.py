@@ -22,7 +22,7 @@ def record(
     from benchmarks.measure import RECORDS, append, environment
 
     config = json.loads((run / "config.json").read_text())
-    metrics, speed = (_rows(run / file) for file in ("metrics.jsonl", "speed.jsonl"))
+    metrics, speed = (rows_of(run / file) for file in ("metrics.jsonl", "speed.jsonl"))
     if json.loads((run / "status.json").read_text())["state"] != "done":
         raise typer.BadParameter(f"{run} is not done; a record is of a finished run")
     scored = [row for row in metrics if "knn" in row]
@@ -37,7 +37,7 @@ def record(
         "threads": config["cpu_threads"] or "",
     }
     rows = [
-        {"step": row["step"], "knn_top1": row.get("knn", ""), "training_s": round(_training_s(speed, row["step"]), 1)}
+        {"step": row["step"], "knn_top1": row.get("knn", ""), "training_s": round(training_s(speed, row["step"]), 1)}
         for row in scored or metrics[-1:]  # a run for speed alone has one row without accuracy
     ]
     append("training.csv", [{**row, **facts} for row in rows])
@@ -47,11 +47,11 @@ def record(
     typer.echo(f"{facts['images_per_s_median']:.0f} images/s on {facts['device']}")
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def rows_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def _training_s(speed: list[dict[str, Any]], step: int) -> float:
+def training_s(speed: list[dict[str, Any]], step: int) -> float:
     """Seconds of training alone up to `step`: a row's step time holds for the steps since the row before."""
     before = [0, *(row["step"] for row in speed)]
     rows = [(row, row["step"] - start) for start, row in zip(before, speed, strict=False) if row["step"] <= step]

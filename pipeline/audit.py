@@ -11,11 +11,12 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from io import BufferedIOBase
 from pathlib import Path
-from typing import BinaryIO
 
 from pipeline.images import MAX_PIXELS, BadImageError, Rules, ppm_shape, prepare
-from pipeline.shards import Dataset, DatasetError, Shard, manifest, read_dataset, shard_fault, write_text
+from pipeline.shards import Dataset, DatasetError, Shard, content_fault, manifest, read_dataset, write_text
+from pipeline.store import fetch, is_remote, opened
 from pipeline.workers import in_order
 
 ORIGINAL = "dataset.json.original"
@@ -43,12 +44,12 @@ class _Member:
 def verify(
     path: str | Path, *, images: bool = False, workers: int = 1, progress: Callable[[int, int], None] | None = None
 ) -> list[Fault]:
-    """Read a data set from end to end and return every fault found.
+    """Read a data set, from object storage too, from end to end and return every fault found.
 
     Checked are sizes and hashes of tars and indexes, that each sample of an index lies in its tar, whole and under its
     name, its label, and with `images`, or where a tar is not the one that was written, that every image decodes.
-    progress is called as progress(samples done, samples in all) after each shard. Raises DatasetError if there is no
-    manifest to go by.
+    progress is called as progress(samples done, samples in all) after each shard. A remote tar is in memory while a
+    worker reads it, and never on the disk. Raises DatasetError if there is no manifest to go by.
     """
     dataset = read_dataset(path, check=False)
     faults: list[Fault] = []
@@ -67,9 +68,16 @@ def quarantine(path: str | Path, keys: Iterable[str]) -> Dataset:
 
     All such keys stand in `Dataset.counts["quarantined"]`. The manifest as it was at first stays as
     dataset.json.original; put back in place of dataset.json, it undoes every quarantine. Whoever reads the tars without
-    the indexes still meets the samples. Raises DatasetError for unknown keys, or if no sample would be left.
+    the indexes still meets the samples. Raises DatasetError for unknown keys, if no sample would be left, or for object
+    storage, which is only read.
     """
-    root = read_dataset(path).root
+    dataset = read_dataset(path)
+    if is_remote(dataset.address):
+        raise DatasetError(
+            f"{dataset.address} is only read: leave samples out of a copy on disk, and upload its new *.idx and, last, "
+            "its dataset.json"
+        )
+    root = dataset.root
     lock = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -117,14 +125,17 @@ def _key(line: str) -> str:
 
 def _faults(dataset: Dataset, images: bool, shard: Shard) -> list[Fault]:
     faults: list[Fault] = []
-    if fault := shard_fault(dataset.root, shard):
-        faults.append(Fault(shard.file, None, fault))
     try:
-        with open(dataset.root / shard.file, "rb") as tar:
+        with opened(f"{dataset.address}/{shard.file}") as tar:
+            (index,) = fetch([f"{dataset.address}/{shard.index}"])
+            size = tar.seek(0, os.SEEK_END)
+            fault = content_fault(dataset.address, shard, size, index)
+            tar.seek(0)
             if not fault and hashlib.file_digest(tar, "sha256").hexdigest() != shard.sha256:
                 fault = "its sha256 is not that of the tar that was written: bytes have changed, copy it again"
+            if fault:
                 faults.append(Fault(shard.file, None, fault))
-            _, *lines = (dataset.root / shard.index).read_text(encoding="ascii", errors="replace").splitlines()
+            lines = index.decode("ascii", "replace").splitlines()[1:]
             for number, line in enumerate(lines, 2):
                 try:
                     members = list(_members(line))
@@ -133,11 +144,10 @@ def _faults(dataset: Dataset, images: bool, shard: Shard) -> list[Fault]:
                         Fault(shard.file, None, f"line {number} of {shard.index} is malformed: {line[:80]!r}")
                     )
                     continue
-                problems = _problems(dataset, tar, members, images or bool(fault))
+                problems = _problems(dataset, tar, size, members, images or bool(fault))
                 faults += (Fault(shard.file, members[0].key, problem) for problem in problems)
     except OSError as error:
-        if not fault:
-            faults.append(Fault(shard.file, None, f"cannot be read: {error.strerror}"))
+        faults.append(Fault(shard.file, None, f"{error.filename or 'it'} cannot be read ({error.strerror})"))
     return faults
 
 
@@ -153,14 +163,13 @@ def _members(line: str) -> Iterator[_Member]:
         yield _Member(key, extension, int(offset), int(size))
 
 
-def _problems(dataset: Dataset, tar: BinaryIO, members: list[_Member], images: bool) -> Iterator[str]:
-    """All that is wrong with a sample."""
+def _problems(dataset: Dataset, tar: BufferedIOBase, end: int, members: list[_Member], images: bool) -> Iterator[str]:
+    """All that is wrong with a sample of a tar that ends at byte `end`."""
     expected = sorted(["cls"] if dataset.labelled else [])
     found = sorted(member.extension for member in members)
     if [each for each in found if each not in dataset.extensions] != expected or len(found) != len(expected) + 1:
         images_of = " or ".join(dataset.extensions)
         yield f"it has {' and '.join(found)}, expected {images_of}{' and cls' if dataset.labelled else ''}"
-    end = os.fstat(tar.fileno()).st_size
     for member in members:
         name = f"{member.key}.{member.extension}"
         if member.offset + member.size > end:

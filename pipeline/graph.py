@@ -16,7 +16,7 @@ from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 
 from pipeline.images import MAX_PIXELS, ppm_header
-from pipeline.views import ATTEMPTS, NOISE_WINDOWS, OPERATIONS, Draws, ViewConfig, check_pair
+from pipeline.views import ATTEMPTS, NOISE_WINDOWS, OPERATIONS, Draws, ViewConfig, check_pair, windows
 
 LABEL_DIGITS = 10  # .cls members hold the label as ASCII digits; they leave the graph padded with zeros to this width
 CROPS = frozenset({"width", "height", "ratio", "share", "offset"})  # what decides the window of a view
@@ -94,10 +94,10 @@ def _image(encoded: DataNode, reader: Reader, gpu: bool) -> tuple[DataNode, Data
 
 
 def _windows(shape: DataNode, drawn: dict[str, DataNode], configs: Sequence[ViewConfig]) -> Any:
-    """Start and end (2, 2) of both views' crops, rows (y, x) relative to the image: the first candidate that is legal.
+    """Start and end (2, 2) of both views' crops, rows (y, x), as pipeline.views.windows; shape is the image's.
 
-    shape is the image's. Both views go through each node together: at 32 pixels these few numbers cost as much as the
-    pixels, since every node costs microseconds per sample.
+    Both views go through each node together: at 32 pixels these few numbers cost as much as the pixels, since every
+    node costs microseconds per sample.
     """
     if configs[0].profile == "reference":
         return _authors_windows(shape, drawn, configs)
@@ -175,6 +175,8 @@ def _view(image: DataNode, start: DataNode, end: DataNode, draws: Any, config: V
     if reference:
         view = _clip(view)
     if config.blur_p:
+        if not (reference or config.recolours):
+            view = fn.cast(view, dtype=types.FLOAT)  # as blurred views are
         border = "constant" if reference else "reflect_101"  # black, as the authors' padding
         view = _blur(view, draws.sigma, draws.window, config.max_window, border)
     if config.solarize_p:
@@ -269,7 +271,7 @@ def _turn_hue(planes: DataNode, turns: DataNode) -> DataNode:
 
 
 def _blur(view: DataNode, sigma: DataNode, window: DataNode, max_window: int, border: str) -> DataNode:
-    """A normalised Gaussian of `window` taps along each axis, in two passes; window 1 changes nothing.
+    """A normalised Gaussian of `window` taps along each axis of a float view; window 1 changes nothing.
 
     fn.gaussian_blur does the same, ten times slower on CPUs (9 taps at 224 pixels: 4.7 against 0.5 ms).
     """
@@ -279,10 +281,8 @@ def _blur(view: DataNode, sigma: DataNode, window: DataNode, max_window: int, bo
         taps = math.exp(-0.5 * (at / sigma) * (at / sigma))
         taps = fn.slice(taps, start=(max_window - window) // 2, shape=window, axes=[0])
         taps = _beside(view, taps / fn.reductions.sum(taps))
-        across = fn.filter(view, fn.expand_dims(taps, axes=0), border=border, dtype=types.FLOAT)
+        across = fn.filter(view, fn.expand_dims(taps, axes=0), border=border)
         view = fn.filter(across, fn.expand_dims(taps, axes=1), border=border)
-    else:
-        view = fn.cast(view, dtype=types.FLOAT)
     return view
 
 
@@ -340,12 +340,15 @@ def two_views(
     """
     configs = config, second or config
     check_pair(*configs)
-    joint = sorted(config.drawn & CROPS)
+    size = reader.raw if config.profile == "fast" else None  # where all images have one, nodes for windows are waste
+    joint = [] if size else sorted(config.drawn & CROPS)
     names = [sorted(c.drawn - CROPS) for c in configs]
 
     def source(info: types.BatchInfo) -> tuple[Any, ...]:
         both = draw_batch(info.iteration)
-        crops = (np.stack([getattr(draws, name) for draws in both], 1) for name in joint)
+        crops = [np.stack([getattr(draws, name) for draws in both], 1) for name in joint]
+        if size:
+            crops = [bound for draws, c in zip(both, configs, strict=True) for bound in windows(draws, c, *size)]
         return (*crops, *(getattr(draws, name) for draws, mine in zip(both, names, strict=True) for name in mine))
 
     @pipeline_def(
@@ -358,17 +361,18 @@ def two_views(
     )
     def graph() -> tuple[DataNode, ...]:
         encoded, label = _read(reader)
-        drawn = iter(
-            fn.external_source(
-                source, num_outputs=len(joint) + len(names[0]) + len(names[1]), batch=True, batch_info=True
-            )
-        )
+        inputs = (len(joint) or 4) + len(names[0]) + len(names[1])
+        drawn = iter(fn.external_source(source, num_outputs=inputs, batch=True, batch_info=True))
         image, shape = _image(encoded, reader, gpu=device_id is not None)
-        start, end = _windows(shape, {name: next(drawn) for name in joint}, configs)
+        if size:
+            bounds = [(next(drawn), next(drawn)) for _ in configs]
+        else:
+            start, end = _windows(shape, {name: next(drawn) for name in joint}, configs)
+            bounds = [(start[i], end[i]) for i in range(2)]
         views = []
         for i in range(2):
             draws = SimpleNamespace(**{name: next(drawn) for name in names[i]})
-            views.append(_view(image, start[i], end[i], draws, configs[i], half))
+            views.append(_view(image, *bounds[i], draws, configs[i], half))
         return (*views, label) if label is not None else tuple(views)
 
     return graph()

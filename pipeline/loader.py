@@ -10,6 +10,7 @@ number of ranks would need reads at random places. The augmentation drawn for a 
 """
 
 import base64
+import ctypes
 import io
 import itertools
 import math
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from pipeline.graph import Reader
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 SHUFFLE = 2048  # samples in each rank's shuffle buffer; the shards themselves are shuffled when written
 
 
@@ -153,6 +155,8 @@ class Loader:
     def _build(self, checkpoint: bytes | None) -> "Pipeline":
         from pipeline.graph import two_views
 
+        if self.device.type == "cpu":
+            _keep_freed_memory()
         return two_views(
             self._reader,
             self.views,
@@ -283,6 +287,8 @@ def build_eval_loader(
     if not left:
         return
     reader = _reader(dataset, rank, world_size, 0, 0)
+    if device.type == "cpu":
+        _keep_freed_memory()
     pipe = plain_view(
         reader,
         views,
@@ -376,6 +382,18 @@ def _allow_open_files(shards: int) -> None:
         )
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _keep_freed_memory() -> None:
+    """DALI's CPU operators allocate every batch anew.
+
+    glibc gives blocks of megabytes back to the kernel when they are freed, and the kernel clears their pages again: an
+    eighth of the processor time of views at 224 pixels, for a tenth less memory.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's own
+    if mallopt:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def _divisors(number: int) -> list[int]:

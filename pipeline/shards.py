@@ -137,7 +137,7 @@ def read_dataset(path: str | Path, *, check: bool = True) -> Dataset:
     file = address(root / "dataset.json")
     remake = "Make the shards anew (python tools/make_shards.py folder IMAGES OUT), or copy the data set again"
     try:
-        manifest = json.loads(fetch([file])[0] if remote else Path(file).read_bytes())
+        manifest = json.loads(fetch([file])[0])
         kind = (manifest.pop("format"), manifest.pop("version"))
         if kind not in ((FORMAT, 1), (FORMAT, VERSION)):
             raise DatasetError(f"{file} is {kind}, this program reads {(FORMAT, VERSION)}. {remake}")
@@ -168,7 +168,9 @@ def read_dataset(path: str | Path, *, check: bool = True) -> Dataset:
             contents = fetch(dataset.indexes)
         except OSError as error:
             raise DatasetError(f"cannot read the indexes of {dataset.address}: {error.strerror}") from error
-        found = [_index_fault(*each) for each in zip(dataset.indexes, contents, shards, strict=True)]
+        found = [
+            content_fault(dataset.address, shard, None, index) for shard, index in zip(shards, contents, strict=True)
+        ]
     elif check:
         found = [shard_fault(root, shard) for shard in shards]
     faults = [fault for fault in found if fault]
@@ -179,20 +181,19 @@ def read_dataset(path: str | Path, *, check: bool = True) -> Dataset:
 
 
 def shard_fault(root: Path, shard: Shard) -> str | None:
-    """What is wrong with this tar or its index, or None."""
-    tar, index = root / shard.file, root / shard.index
+    """What is wrong with this tar on disk or its index, or None."""
     try:
-        size = tar.stat().st_size
-        if size != shard.bytes:
-            return f"{tar} has {size} bytes, expected {shard.bytes}: truncated, or not the shard that was written"
-        content = index.read_bytes()
+        size, index = (root / shard.file).stat().st_size, (root / shard.index).read_bytes()
     except OSError as error:
         return f"{error.filename} cannot be read ({error.strerror}), expected a shard of {shard.samples} samples"
-    return _index_fault(str(index), content, shard)
+    return content_fault(str(root), shard, size, index)
 
 
-def _index_fault(index: str, content: bytes, shard: Shard) -> str | None:
-    """What is wrong with the content of this shard's index, or None."""
+def content_fault(folder: str, shard: Shard, size: int | None, content: bytes) -> str | None:
+    """What is wrong with a tar of `size` bytes (None: not known) or with the content of its index, or None."""
+    tar, index = f"{folder}/{shard.file}", f"{folder}/{shard.index}"
+    if size is not None and size != shard.bytes:
+        return f"{tar} has {size} bytes, expected {shard.bytes}: truncated, or not the shard that was written"
     if hashlib.sha256(content).hexdigest() == shard.index_sha256:
         return None
     header, *lines = content.split(b"\n")

@@ -402,13 +402,7 @@ def imagenet_train(archive: Path) -> Source:
         for label, wnid in enumerate(classes)
         for name, offset, size, fault in images[wnid]
     ]
-    return Source(
-        samples=samples,
-        classes=classes,
-        root=archive.parent,
-        name="imagenet-train",
-        warning=_unusual(archive, len(classes), len(samples), 1_281_167),
-    )
+    return _imagenet(archive, "imagenet-train", samples, classes, 1_281_167)
 
 
 def imagenet_val(archive: Path, truth: Path) -> Source:
@@ -439,18 +433,14 @@ def imagenet_val(archive: Path, truth: Path) -> Source:
         Sample(name, labels[wnids[name]], file=archive.name, offset=offset, size=size, fault=fault)
         for name, (_, offset, size, fault) in zip(names, images, strict=True)
     ]
-    return Source(
-        samples=samples,
-        classes=classes,
-        root=archive.parent,
-        name="imagenet-val",
-        warning=_unusual(archive, len(classes), len(samples), 50_000),
-    )
+    return _imagenet(archive, "imagenet-val", samples, classes, 50_000)
 
 
-def _unusual(archive: Path, classes: int, images: int, original: int) -> str:
-    whole = (classes, images) == (1000, original)
-    return "" if whole else f"{archive} has {classes} classes and {images} images, the original 1000 and {original}"
+def _imagenet(archive: Path, name: str, samples: list[Sample], classes: list[str], original: int) -> Source:
+    """The source, with a warning unless it has 1000 classes and `original` samples."""
+    has = f"{archive} has {len(classes)} classes and {len(samples)} images, the original 1000 and {original}"
+    warning = "" if (len(classes), len(samples)) == (1000, original) else has
+    return Source(samples=samples, classes=classes, root=archive.parent, name=name, warning=warning)
 
 
 def _ground_truth(file: Path) -> tuple[list[str], list[str] | dict[str, str]]:

@@ -2,10 +2,11 @@
 
 Credentials, region and endpoint of s3:// are taken as AWS's tools take them (AWS_ACCESS_KEY_ID ..., ~/.aws,
 AWS_ENDPOINT_URL); of gs:// they are Google's default credentials, or none with DALI_GCS_ANONYMOUS=1, and
-DALI_GCS_ENDPOINT_URL.
+DALI_GCS_ENDPOINT_URL. A gs:// store that does not answer is an error after DALI_GCS_REQUEST_TIMEOUT_SEC, 60.
 """
 
 import errno
+import io
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,8 +26,15 @@ def is_remote(address: str) -> bool:
     return address.startswith(("s3://", "gs://"))
 
 
+def opened(address: str) -> io.BufferedIOBase:
+    """A file to read; one in object storage is fetched whole, into memory. Raises OSError."""
+    return io.BytesIO(fetch([address])[0]) if is_remote(address) else open(address, "rb")
+
+
 def fetch(addresses: Sequence[str]) -> list[bytes]:
-    """The contents of remote files, in order. Raises OSError with the store's complaint and what to check."""
+    """The contents of files, in order. Raises OSError, of object storage with its complaint and what to check."""
+    if not any(map(is_remote, addresses)):
+        return [Path(address).read_bytes() for address in addresses]
     parts = [addresses[i::CONNECTIONS] for i in range(min(CONNECTIONS, len(addresses)))]
     with ThreadPoolExecutor(len(parts)) as pool:
         fetched = list(pool.map(_fetch, parts))

@@ -7,6 +7,7 @@ Fine-tuning on few labels needs this: Chen et al. 2020, arXiv:2002.05709, sectio
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.shards import Dataset, DatasetError
+from pipeline.store import fetch, opened
 
 Positions = NDArray[np.int64]  # places of samples in the order of the shards, counted from 0
 
@@ -35,17 +37,25 @@ def keys(dataset: Dataset) -> list[str]:
 
 
 def labels(dataset: Dataset) -> Positions:
-    """The label (N,) of every sample, in the order of the shards: read from the tars, no image is decoded."""
-    found = []
-    for tar, lines in zip(dataset.tars, _index_lines(dataset), strict=True):
-        with open(tar, "rb") as file:
+    """The label (N,) of every sample, in the order of the shards: read from the tars, no image is decoded.
+
+    From object storage every tar is fetched, four at a time, each in memory while it is read.
+    """
+    if not dataset.labelled:
+        raise DatasetError(f"{dataset.address} has no labels; make its shards from class folders")
+
+    def read(tar: str, lines: list[str]) -> list[int]:
+        found = []
+        with opened(tar) as file:
             for line in lines:
-                member = re.search(r"(?:^| )cls (\d+) (\d+) ", line)
-                if not member:
-                    raise DatasetError(f"{dataset.root} has no labels; make its shards from class folders")
-                file.seek(int(member[1]))
-                found.append(int(file.read(int(member[2]))))
-    return np.array(found, np.int64)
+                words = line.split(" ")  # EXTENSION OFFSET SIZE NAME, again and again
+                at = words.index("cls")
+                file.seek(int(words[at + 1]))
+                found.append(int(file.read(int(words[at + 2]))))
+        return found
+
+    with ThreadPoolExecutor(4) as pool:
+        return np.concatenate([*pool.map(read, dataset.tars, _index_lines(dataset))], dtype=np.int64)
 
 
 def stratified(labels: Positions, share: float, seed: int) -> Positions:
@@ -77,9 +87,13 @@ def named(dataset: Dataset, names: Iterable[str]) -> Positions:
     if not found:
         raise DatasetError("the list of names is empty")
     if missing := [name for name, at in found.items() if not at]:
-        raise DatasetError(f"{len(missing)} of {len(found)} names are not in {dataset.root}: {', '.join(missing[:3])}")
+        raise DatasetError(
+            f"{len(missing)} of {len(found)} names are not in {dataset.address}: {', '.join(missing[:3])}"
+        )
     if several := [name for name, at in found.items() if len(at) > 1]:
-        raise DatasetError(f"{several[0]} fits several samples of {dataset.root}: list keys (KEY of KEY.cls) instead")
+        raise DatasetError(
+            f"{several[0]} fits several samples of {dataset.address}: list keys (KEY of KEY.cls) instead"
+        )
     return np.unique([at[0] for at in found.values()])
 
 
@@ -108,4 +122,4 @@ def _by_class(labels: Positions) -> list[Positions]:
 
 
 def _index_lines(dataset: Dataset) -> list[list[str]]:
-    return [Path(index).read_text(encoding="ascii").splitlines()[1:] for index in dataset.indexes]
+    return [index.decode("ascii").splitlines()[1:] for index in fetch(dataset.indexes)]

@@ -315,6 +315,23 @@ def _view(c: ViewConfig, u: NDArray[np.float64], extra: NDArray[np.float64]) -> 
     )
 
 
+def windows(draws: Draws, config: ViewConfig, height: int, width: int) -> tuple[Floats, Floats]:
+    """Start and end (n, 2), (y, x) relative to the image, of the fast profile's crops of images of one size.
+
+    The first candidate that fits; where none does, the largest central window of a legal aspect ratio, as torchvision.
+    """
+    square = np.float32(height) / np.float32(width)
+    tall = np.sqrt(square)  # candidates are in units of sqrt(H W): the image is 1 / tall wide and tall high
+    legal = (draws.width * tall <= 1) & (draws.height <= tall)
+    first, missed = legal.argmax(1)[:, None], ~legal.any(1, keepdims=True)
+    taken = np.take_along_axis(draws.height / tall, first, 1), np.take_along_axis(draws.width * tall, first, 1)
+    low, high = np.array(config.crop_ratio, np.float32)
+    largest = np.minimum(np.array([1 / (low * square), high * square]), 1)
+    extent = np.where(missed, largest, np.concatenate(taken, 1))
+    start = (1 - extent) * np.where(missed, np.float32(0.5), draws.offset)
+    return start, start + extent
+
+
 def _between(u: NDArray[np.float64], bounds: Any) -> NDArray[np.float64]:
     return bounds[0] + (bounds[1] - bounds[0]) * u
 

@@ -1,7 +1,9 @@
 """The evaluations do what their protocols say, from the command line, on one process as on two."""
 
+import csv
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegression
@@ -356,3 +359,32 @@ def test_the_usual_batch(samples, batch):
     """4096 as in the paper, at least eight steps to an epoch of a small set; 1024 for 1 % of ImageNet, as SimCLRv2."""
     assert usual_batch(samples) == batch
     assert samples // batch >= min(8, samples)
+
+
+# ------------------------------------------------------------------------------------------------------- on record
+
+
+def test_runs_go_on_record_with_what_the_single_commands_say(data, planted, tmp_path):
+    """Of a run whose weights are better than random ones; the same run twice is no repetition."""
+    from benchmarks.reproduction import main
+
+    config = {"seed": 3, "depth": 18, "width": 0.125, "batch_size": 64, "epochs": 2, "cpu_threads": 2, "command": "c"}
+    run = shutil.copytree(planted, tmp_path / "run")
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "status.json").write_text(json.dumps({"state": "done"}))
+    (run / "speed.jsonl").write_text("".join(json.dumps({"step": s, "step_ms": 500}) + "\n" for s in (4, 10)))
+    program, record = typer.Typer(), tmp_path / "record.csv"
+    program.command()(main)
+    words = ["ours", data / "train", data / "test", run, "--percent", "25", "--epochs", "3", "--l2", "1"]
+    words = [*map(str, words), "--record", str(record)]
+    assert CliRunner().invoke(program, words).exit_code == 0
+    (row,) = csv.DictReader(record.open())
+    assert (row["run"], row["seed"], float(row["training_s"])) == ("ours", "3", 5.0)
+    found = evaluate("knn", planted, *sets(data), "--k", 200, into=tmp_path / "knn.jsonl")
+    assert float(row["knn"]) == pytest.approx(found["scores"]["k=200"]["top1"], abs=1e-9)
+    assert float(row["knn"]) > float(row["knn_random"]) + 0.2
+    assert float(row["logistic"]) > float(row["logistic_random"]) + 0.2
+    assert float(row["finetune"]) > float(row["scratch"])
+    failed = CliRunner().invoke(program, [*words[:4], str(run), *words[4:]])
+    assert "the same seed are no repetitions" in failed.output
+    assert len(record.read_text().splitlines()) == 2

@@ -458,6 +458,11 @@ def garbage_index(dataset: Dataset) -> tuple[str, str | None]:
     return Path(dataset.tars[1]).name, None
 
 
+def empty_index(dataset: Dataset) -> tuple[str, str | None]:
+    Path(f"{dataset.tars[2]}.idx").write_bytes(b"")
+    return Path(dataset.tars[2]).name, None
+
+
 def label_left_out(dataset: Dataset) -> tuple[str, str | None]:
     tar, key, *_ = place(dataset, 3, "cls")
     index = Path(f"{tar}.idx")
@@ -480,6 +485,7 @@ DAMAGES: dict[Callable[[Dataset], tuple[str, str | None]], str] = {
     truncate: r"png is cut off: the tar ends at byte \d+",
     stale_index: r"the index puts .*\.png at byte \d+, where there is none",
     garbage_index: r"line 2 of .*idx is malformed: '1 2 3'",
+    empty_index: r"idx is empty, expected an index of 5 samples",
     label_left_out: r"it has png, expected png and cls",
     no_tar: r"cannot be read \(No such file or directory\)",
 }
@@ -509,7 +515,7 @@ def test_a_damaged_bare_image_is_found(tmp_path: Path) -> None:
     assert Fault(tar.name, key, f"{key}.ppm is no PPM of 20x24 pixels") in verify(dataset.root)
 
 
-@pytest.mark.parametrize("damage", [truncate, stale_index, garbage_index, label_left_out, no_tar])
+@pytest.mark.parametrize("damage", [truncate, stale_index, garbage_index, empty_index, label_left_out, no_tar])
 def test_the_loader_never_starts_on_files_that_are_not_the_manifest_s(tmp_path: Path, damage: Any) -> None:
     dataset = whole(tmp_path / "set")
     shard, _ = damage(dataset)
@@ -630,6 +636,7 @@ def test_verify_and_quarantine_work_hand_in_hand(tmp_path: Path) -> None:
     assert f"{shard} {key}: {key}.png: no image (" in found.stdout
     assert f"{shard}: its sha256 is not that" in found.stdout
     assert "2 faults in 20 samples" in found.stdout
+    assert "make_shards:" not in found.stderr
     left = command("quarantine", dataset.root, "--from", report)
     assert (left.exit_code, left.stdout) == (0, f"{dataset.root}: 19 samples in 4 shards, 1 in quarantine\n")
     again = command("verify", dataset.root, "--workers", 1)

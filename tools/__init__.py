@@ -14,6 +14,8 @@ def one_message(program: str) -> Iterator[None]:
     """What the caller can mend ends in one line and exit code 2, what fails on the way in one line and 1."""
     try:
         yield
+    except typer.Exit:  # a RuntimeError too
+        raise
     except ValueError as error:
         typer.echo(f"{program}: {error}", err=True)
         raise typer.Exit(2) from error

@@ -8,20 +8,22 @@
     accelerate launch --multi_gpu --num_processes N tools/evaluate.py ...
 
 RUN is a run, its encoder folder, a checkpoint, or a ResNet in safetensors under the names of torchvision, timm, lightly
-or solo-learn. TRAIN and TEST are labelled shards of the same classes. Images are prepared as the file says; where it
-says nothing, as for ImageNet, and --view changes that. Results are printed and appended as one line of JSON to
-evaluation.jsonl beside the encoder. --random-init evaluates freshly drawn weights of the same architecture: the
-baseline that training has to beat. The protocols: Chen et al. 2020, arXiv:2002.05709, appendix B.5, B.6 and B.8.
+or solo-learn. TRAIN and TEST are labelled shards of the same classes, folders or s3:// and gs:// addresses. Images are
+prepared as the file says; where it says nothing, as for ImageNet, and --view changes that. Results are printed and
+appended as one line of JSON to evaluation.jsonl beside the encoder. --random-init evaluates freshly drawn weights of
+the same architecture: the baseline that training has to beat. The protocols: Chen et al. 2020, arXiv:2002.05709,
+appendix B.5, B.6 and B.8.
 """
 
 import hashlib
+import inspect
 import json
 import math
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -65,51 +67,129 @@ TrainBatch = Annotated[
 ]
 
 
-@app.command()
-def knn(
-    encoder: EncoderPath,
-    train: Train,
-    test: Test,
-    k: Annotated[list[int] | None, typer.Option(min=1, help="Neighbours that vote. (default: 200 and 20)")] = None,
-    temperature: Annotated[float, typer.Option(help="A vote weighs exp(cosine / temperature).")] = 0.1,
+@contextmanager
+def session(
+    encoder: Path,
+    sets: list[Path],
     view: View = None,
     batch_size: BatchSize = 256,
     random_init: RandomInit = False,
     seed: Seed = 0,
     precision: Precision = "auto",
     results: Results = None,
-) -> None:
-    """Weighted k-nearest-neighbour accuracy on frozen features."""
-    from tools import one_message
+) -> "Iterator[Session]":
+    """All that a command needs, checked before anything takes time; what has a default is an option of every command.
 
-    with (
-        one_message("evaluate"),
-        session(encoder, [train, test], view, batch_size, random_init, seed, precision, results) as on,
-    ):
-        from model.probe import knn_votes
+    Raises ValueError for what the caller can mend.
+    """
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
 
-        (bank, bank_labels), (queries, labels) = map(on.features, on.labelled())
-        mine = on.part(len(queries))
-        scores = {}
-        for each in k or [200, 20]:
-            votes = knn_votes(
-                bank,
-                bank_labels,
-                queries[mine],
-                k=each,
-                temperature=temperature,
-                num_classes=on.num_classes,
-                device=on.device,
-            )
-            scores[f"k={each}"] = on.accuracy([(votes, labels[mine])])
-        on.report("knn", scores, {"temperature": temperature})
+    from model.checkpoint import load_encoder, weights_file
+    from pipeline.shards import read_dataset
+    from pipeline.views import make_views, parse_changes
+    from tools import training_of
+
+    file = weights_file(encoder)
+    network = load_encoder(file)
+    views = make_views("imagenet", training_of(file)[0] | parse_changes(view or []))
+    datasets = [read_dataset(path) for path in sets]
+    results = results or file.with_name("evaluation.jsonl")
+    if not os.access(results.parent, os.W_OK):
+        raise ValueError(f"cannot write to {results.parent}: name another file with --results")
+    cuda = torch.cuda.is_available()
+    mixed = ("bf16" if cuda else "no") if precision == "auto" else precision
+    timeout = InitProcessGroupKwargs(timeout=timedelta(hours=1))  # for classifiers that are not equally hard to fit
+    accelerator = Accelerator(cpu=not cuda, mixed_precision=mixed, kwargs_handlers=[timeout])
+    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
+        raise ValueError(
+            f"the launcher started {os.environ['WORLD_SIZE']} processes, but each sees {accelerator.num_processes}; on "
+            "CPUs use accelerate launch --multi_gpu --num_processes N tools/evaluate.py ..."
+        )
+    cores = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if not cuda and accelerator.num_processes > 1:
+        torch.set_num_threads(cores)  # the launcher has set one
+    if random_init:
+        network = fresh(network, seed)
+    with open(file, "rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    facts = {
+        "encoder": f"ResNet-{network.depth}, width {network.width:g}, {network.stem} stem",
+        "weights": f"random, seed {seed}" if random_init else str(file),
+        "sha256": None if random_init else digest,
+        "views": {name: getattr(views, name) for name in ("size", "eval_crop", "interpolation", "mean", "std")},
+    }
+    for name, dataset in zip(("train", "test") if len(sets) == 2 else ("data",), datasets, strict=True):
+        facts[name] = {"name": dataset.root.name, "samples": dataset.samples, "fingerprint": dataset.fingerprint}
+    yield Session(
+        accelerator=accelerator,
+        file=file,
+        random_init=random_init,
+        network=network.to(accelerator.device).to(memory_format=torch.channels_last).eval(),
+        views=views,
+        sets=datasets,
+        facts=facts,
+        results=results,
+        batch_size=batch_size,
+        seed=seed,
+        num_threads=cores,
+        started=time.perf_counter(),
+    )
+    accelerator.end_training()
+
+
+def evaluation(protocol: Callable[..., None]) -> Callable[..., None]:
+    """Make a command of a protocol: ENCODER TRAIN TEST, its own options, those of `session`; its docstring."""
+    own = list(inspect.signature(protocol).parameters.values())[1:]
+    shared = list(inspect.signature(session).parameters.values())[2:]
+
+    def command(encoder: EncoderPath, train: Train, test: Test, **given: Any) -> None:
+        from tools import one_message
+
+        options = {each.name: given.pop(each.name) for each in own}
+        with one_message("evaluate"), session(encoder, [train, test], **given) as on:
+            protocol(on, **options)
+
+    arguments = list(inspect.signature(command).parameters.values())[:3]
+    # typer reads both
+    command.__signature__ = inspect.Signature([*arguments, *own, *shared])  # type: ignore[attr-defined]
+    command.__annotations__ = {each.name: each.annotation for each in (*arguments, *own, *shared)}
+    command.__name__, command.__doc__ = protocol.__name__, protocol.__doc__
+    return command
 
 
 @app.command()
+@evaluation
+def knn(
+    on: "Session",
+    k: Annotated[list[int] | None, typer.Option(min=1, help="Neighbours that vote. (default: 200 and 20)")] = None,
+    temperature: Annotated[float, typer.Option(help="A vote weighs exp(cosine / temperature).")] = 0.1,
+) -> None:
+    """Weighted k-nearest-neighbour accuracy on frozen features."""
+    from model.probe import knn_votes
+
+    (bank, bank_labels), (queries, labels) = map(on.features, on.labelled())
+    mine = on.part(len(queries))
+    scores = {}
+    for each in k or [200, 20]:
+        votes = knn_votes(
+            bank,
+            bank_labels,
+            queries[mine],
+            k=each,
+            temperature=temperature,
+            num_classes=on.num_classes,
+            device=on.device,
+        )
+        scores[f"k={each}"] = on.accuracy([(votes, labels[mine])])
+    on.report("knn", scores, {"temperature": temperature})
+
+
+@app.command()
+@evaluation
 def linear(
-    encoder: EncoderPath,
-    train: Train,
-    test: Test,
+    on: "Session",
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training set.")] = 90,
     train_batch: TrainBatch = None,
     base_lr: Annotated[float, typer.Option(help="Learning rate per 256 images of the batch.")] = 0.1,
@@ -120,104 +200,78 @@ def linear(
             help="One feature per image, of its centre, instead of new crops and flips: minutes, but not B.6."
         ),
     ] = False,
-    view: View = None,
-    batch_size: BatchSize = 256,
-    random_init: RandomInit = False,
-    seed: Seed = 0,
-    precision: Precision = "auto",
-    results: Results = None,
 ) -> None:
     """Linear classifier on the frozen encoder, as in appendix B.6: random crops and flips, Nesterov SGD, no decay."""
-    from tools import one_message
+    from model.probe import linear_probe, zero_linear
 
-    with (
-        one_message("evaluate"),
-        session(encoder, [train, test], view, batch_size, random_init, seed, precision, results) as on,
-    ):
-        from model.probe import linear_probe, zero_linear
-
-        chosen, queries = on.labelled()
-        recipe = Recipe(epochs, train_batch or usual_batch(chosen.samples), base_lr, eval_every)
-        options = asdict(recipe) | {"seed": seed, "cached": cached}
-        if cached:
-            (inputs, targets), (features, labels) = map(on.features, (chosen, queries))
-            del options["eval_every"]
-            classifier = linear_probe(
-                inputs,
-                targets,
-                num_classes=on.num_classes,
-                epochs=epochs,
-                batch_size=recipe.batch_size,
-                base_lr=base_lr,
-                seed=seed,
-                device=on.device,
-            )
-            mine = on.part(len(features))
-            scores = on.accuracy([(classifier(features[mine].to(on.device)), labels[mine])])
-            on.report("linear", {"linear": scores}, options)
-        else:
-            on.network.requires_grad_(False).eval()
-            on.network.fc = zero_linear(on.network.num_features, on.num_classes)
-            curve = fit(on, "linear", on.network, chosen, queries, recipe)
-            on.report("linear", {"linear": last(curve)}, options, curves={"linear": curve})
+    chosen, queries = on.labelled()
+    recipe = Recipe(epochs, train_batch or usual_batch(chosen.samples), base_lr, eval_every)
+    options = asdict(recipe) | {"seed": on.seed, "cached": cached}
+    if cached:
+        (inputs, targets), (features, labels) = map(on.features, (chosen, queries))
+        del options["eval_every"]
+        classifier = linear_probe(
+            inputs,
+            targets,
+            num_classes=on.num_classes,
+            epochs=epochs,
+            batch_size=recipe.batch_size,
+            base_lr=base_lr,
+            seed=on.seed,
+            device=on.device,
+        )
+        mine = on.part(len(features))
+        scores = on.accuracy([(classifier(features[mine].to(on.device)), labels[mine])])
+        on.report("linear", {"linear": scores}, options)
+    else:
+        on.network.requires_grad_(False).eval()
+        on.network.fc = zero_linear(on.network.num_features, on.num_classes)
+        curve = fit(on, "linear", on.network, chosen, queries, recipe)
+        on.report("linear", {"linear": last(curve)}, options, curves={"linear": curve})
 
 
 @app.command()
+@evaluation
 def logistic(
-    encoder: EncoderPath,
-    train: Train,
-    test: Test,
+    on: "Session",
     l2: Annotated[
         list[float] | None, typer.Option(min=0, help="Try these l2 (1 / C). (default: 45 from 1e-6 to 1e5)")
     ] = None,
     validation: Annotated[float, typer.Option(help="Share of each class held out to choose l2 on.")] = 0.2,
-    view: View = None,
-    batch_size: BatchSize = 256,
-    random_init: RandomInit = False,
-    seed: Seed = 0,
-    precision: Precision = "auto",
-    results: Results = None,
 ) -> None:
     """Multinomial logistic regression on cached features, as in appendix B.8: L-BFGS, l2 chosen on held-out samples."""
-    from tools import one_message
+    import torch
+    from accelerate.utils import gather_object
 
-    with (
-        one_message("evaluate"),
-        session(encoder, [train, test], view, batch_size, random_init, seed, precision, results) as on,
-    ):
-        import torch
-        from accelerate.utils import gather_object
+    from model.probe import correct, logistic_regression
+    from pipeline.subset import stratified
 
-        from model.probe import correct, logistic_regression
-        from pipeline.subset import stratified
-
-        (inputs, targets), (features, labels) = map(on.features, on.labelled())
-        held = torch.zeros(len(targets), dtype=torch.bool)
-        held[torch.from_numpy(stratified(targets.numpy(), validation, seed))] = True
-        if held.all():
-            raise ValueError(f"--validation {validation} leaves no sample to learn from")
-        queries, answers = inputs[held].to(on.device).double(), targets[held].to(on.device)
-        shared: dict[str, Any] = {"num_classes": on.num_classes, "device": on.device}
-        values = sorted(l2 or [10 ** (-6 + i / 4) for i in range(45)], reverse=True)
-        tried, classifier = [], None  # from the strongest down, each from where the last one ended
-        for each in values[on.rank :: on.world_size]:
-            classifier = logistic_regression(inputs[~held], targets[~held], l2=each, start=classifier, **shared)
-            tried.append((each, int(correct(classifier(queries), answers)[0]) / len(answers)))
-            on.say(f"  l2 {each:<9.3g} {100 * tried[-1][1]:6.2f} % of {len(answers)} held out")
-        tried = sorted(gather_object(tried), reverse=True)
-        best = max(tried, key=lambda pair: pair[1])[0]  # of equals the strongest
-        classifier = logistic_regression(inputs, targets, l2=best, **shared)
-        mine = on.part(len(features))
-        scores = on.accuracy([(classifier(features[mine].to(on.device).double()), labels[mine])])
-        options = {"l2": best, "validation": validation, "seed": seed}
-        on.report("logistic", {"logistic": scores}, options, tried=tried)
+    (inputs, targets), (features, labels) = map(on.features, on.labelled())
+    held = torch.zeros(len(targets), dtype=torch.bool)
+    held[torch.from_numpy(stratified(targets.numpy(), validation, on.seed))] = True
+    if held.all():
+        raise ValueError(f"--validation {validation} leaves no sample to learn from")
+    queries, answers = inputs[held].to(on.device).double(), targets[held].to(on.device)
+    shared: dict[str, Any] = {"num_classes": on.num_classes, "device": on.device}
+    values = sorted(l2 or [10 ** (-6 + i / 4) for i in range(45)], reverse=True)
+    tried, classifier = [], None  # from the strongest down, each from where the last one ended
+    for each in values[on.rank :: on.world_size]:
+        classifier = logistic_regression(inputs[~held], targets[~held], l2=each, start=classifier, **shared)
+        tried.append((each, int(correct(classifier(queries), answers)[0]) / len(answers)))
+        on.say(f"  l2 {each:<9.3g} {100 * tried[-1][1]:6.2f} % of {len(answers)} held out")
+    tried = sorted(gather_object(tried), reverse=True)
+    best = max(tried, key=lambda pair: pair[1])[0]  # of equals the strongest
+    classifier = logistic_regression(inputs, targets, l2=best, **shared)
+    mine = on.part(len(features))
+    scores = on.accuracy([(classifier(features[mine].to(on.device).double()), labels[mine])])
+    options = {"l2": best, "validation": validation, "seed": on.seed}
+    on.report("logistic", {"logistic": scores}, options, tried=tried)
 
 
 @app.command()
+@evaluation
 def finetune(
-    encoder: EncoderPath,
-    train: Train,
-    test: Test,
+    on: "Session",
     percent: Annotated[float, typer.Option(help="Share of each class's labels to use, drawn by --seed.")] = 1.0,
     label_list: Annotated[
         Path | None, typer.Option(help="Use the samples listed here instead: file names or keys, one per line.")
@@ -232,27 +286,15 @@ def finetune(
     train_batch: TrainBatch = None,
     base_lr: Annotated[float, typer.Option(help="Learning rate per 256 images of the batch.")] = 0.05,
     eval_every: Annotated[int, typer.Option(min=1, help="Epochs between test scores.")] = 5,
-    view: View = None,
-    batch_size: BatchSize = 256,
-    random_init: RandomInit = False,
-    seed: Seed = 0,
-    precision: Precision = "auto",
-    results: Results = None,
 ) -> None:
     """Train all of the network on few labels, as in appendix B.5: random crops and flips, no regularisation."""
-    from tools import one_message
+    from torch import nn
 
-    with (
-        one_message("evaluate"),
-        tempfile.TemporaryDirectory() as folder,
-        session(encoder, [train, test], view, batch_size, random_init, seed, precision, results) as on,
-    ):
-        from torch import nn
+    from model.probe import zero_linear
+    from pipeline.subset import labels, named, stratified, write_subset
 
-        from model.probe import zero_linear
-        from pipeline.subset import labels, named, stratified, write_subset
-
-        chosen, queries = on.labelled()
+    chosen, queries = on.labelled()
+    with tempfile.TemporaryDirectory() as folder:
         if label_list is not None:
             try:
                 names = label_list.read_text().splitlines()
@@ -260,35 +302,35 @@ def finetune(
                 raise ValueError(f"--label-list {label_list} cannot be read: {error}") from error
             chosen = write_subset(chosen, named(chosen, names), Path(folder))
         elif percent != 100:
-            chosen = write_subset(chosen, stratified(labels(chosen), percent / 100, seed), Path(folder))
+            chosen = write_subset(chosen, stratified(labels(chosen), percent / 100, on.seed), Path(folder))
         recipe = Recipe(
             epochs or (60 if chosen.samples < 0.05 * on.sets[0].samples else 30),
             train_batch or usual_batch(chosen.samples),
             base_lr,
             eval_every,
         )
-        starts = {"pre-trained" if not random_init else "random": (on.network, head_of(encoder, head_layers))}
+        starts = {"pre-trained" if not on.random_init else "random": (on.network, head_of(on.file, head_layers))}
         if from_scratch:
-            starts["from scratch"] = (fresh(on.network, seed), [])
+            starts["from scratch"] = (fresh(on.network, on.seed), [])
         curves = {}
         for name, (network, head) in starts.items():
             norms = [layer for layer in head if isinstance(layer, nn.BatchNorm1d)]
             width = norms[-1].num_features if norms else network.num_features
             network.fc = nn.Sequential(*head, zero_linear(width, on.num_classes))
             curves[name] = fit(on, name, network.train(), chosen, queries, recipe)
-        on.say("  epoch  " + "  ".join(f"{name:>12}" for name in curves))
-        for rows in zip(*curves.values(), strict=True):
-            on.say(f"  {rows[0]['epoch']:>5}  " + "  ".join(f"{100 * row['top1']:>10.2f} %" for row in rows))
-        options = {
-            "labels": chosen.samples,
-            "percent": percent if label_list is None else None,
-            "label_list": str(label_list) if label_list else None,
-            "subset": chosen.fingerprint,
-            "head_layers": head_layers,
-            **asdict(recipe),
-            "seed": seed,
-        }
-        on.report("finetune", {name: last(curve) for name, curve in curves.items()}, options, curves=curves)
+    on.say("  epoch  " + "  ".join(f"{name:>12}" for name in curves))
+    for rows in zip(*curves.values(), strict=True):
+        on.say(f"  {rows[0]['epoch']:>5}  " + "  ".join(f"{100 * row['top1']:>10.2f} %" for row in rows))
+    options = {
+        "labels": chosen.samples,
+        "percent": percent if label_list is None else None,
+        "label_list": str(label_list) if label_list else None,
+        "subset": chosen.fingerprint,
+        "head_layers": head_layers,
+        **asdict(recipe),
+        "seed": on.seed,
+    }
+    on.report("finetune", {name: last(curve) for name, curve in curves.items()}, options, curves=curves)
 
 
 @app.command()
@@ -356,6 +398,8 @@ class Session:
     """An encoder, data sets, and the processes that evaluate the one on the other."""
 
     accelerator: "Accelerator"
+    file: Path  # the encoder's weights
+    random_init: bool  # they are not used
     network: "Encoder"  # on the device, in evaluation mode
     views: "ViewConfig"
     sets: "list[Dataset]"
@@ -395,7 +439,8 @@ class Session:
         train, test = self.sets
         if not train.labelled or train.classes != test.classes:
             raise ValueError(
-                f"{train.root} and {test.root} must be labelled with the same classes; make them from class folders"
+                f"{train.address} and {test.address} must be labelled with the same classes; make them from class "
+                "folders"
             )
         return train, test
 
@@ -422,12 +467,14 @@ class Session:
         from model.probe import features
 
         if dataset.samples < self.world_size:
-            raise ValueError(f"{dataset.root} has {dataset.samples} samples for {self.world_size} processes; use fewer")
+            raise ValueError(
+                f"{dataset.address} has {dataset.samples} samples for {self.world_size} processes; use fewer"
+            )
         mine = self.part(dataset.samples)
         batches, length = self.batches(dataset), -(-(mine.stop - mine.start) // self.batch_size)
         with self.accelerator.autocast():
             if self.main:
-                with typer.progressbar(batches, length=length, label=str(dataset.root)) as shown:
+                with typer.progressbar(batches, length=length, label=dataset.address) as shown:
                     found, labels = features(self.network, shown, self.device)
             else:
                 found, labels = features(self.network, batches, self.device)
@@ -472,73 +519,6 @@ class Session:
         with open(self.results, "a") as file:
             file.write(json.dumps(row) + "\n")
         typer.echo(f"  appended to {self.results}")
-
-
-@contextmanager
-def session(
-    encoder: Path,
-    sets: list[Path],
-    view: list[str] | None,
-    batch_size: int,
-    random_init: bool,
-    seed: int,
-    precision: str,
-    results: Path | None,
-) -> Iterator[Session]:
-    """All that a command needs, checked before anything takes time. Raises ValueError for what the caller can mend."""
-    import torch
-    from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs
-
-    from model.checkpoint import load_encoder, weights_file
-    from pipeline.shards import read_dataset
-    from pipeline.views import make_views, parse_changes
-    from tools import training_of
-
-    file = weights_file(encoder)
-    network = load_encoder(file)
-    views = make_views("imagenet", training_of(file)[0] | parse_changes(view or []))
-    datasets = [read_dataset(path) for path in sets]
-    results = results or file.with_name("evaluation.jsonl")
-    if not os.access(results.parent, os.W_OK):
-        raise ValueError(f"cannot write to {results.parent}: name another file with --results")
-    cuda = torch.cuda.is_available()
-    mixed = ("bf16" if cuda else "no") if precision == "auto" else precision
-    timeout = InitProcessGroupKwargs(timeout=timedelta(hours=1))  # for classifiers that are not equally hard to fit
-    accelerator = Accelerator(cpu=not cuda, mixed_precision=mixed, kwargs_handlers=[timeout])
-    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
-        raise ValueError(
-            f"the launcher started {os.environ['WORLD_SIZE']} processes, but each sees {accelerator.num_processes}; on "
-            "CPUs use accelerate launch --multi_gpu --num_processes N tools/evaluate.py ..."
-        )
-    cores = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    if not cuda and accelerator.num_processes > 1:
-        torch.set_num_threads(cores)  # the launcher has set one
-    if random_init:
-        network = fresh(network, seed)
-    with open(file, "rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    facts = {
-        "encoder": f"ResNet-{network.depth}, width {network.width:g}, {network.stem} stem",
-        "weights": f"random, seed {seed}" if random_init else str(file),
-        "sha256": None if random_init else digest,
-        "views": {name: getattr(views, name) for name in ("size", "eval_crop", "interpolation", "mean", "std")},
-    }
-    for name, dataset in zip(("train", "test") if len(sets) == 2 else ("data",), datasets, strict=True):
-        facts[name] = {"name": dataset.root.name, "samples": dataset.samples, "fingerprint": dataset.fingerprint}
-    yield Session(
-        accelerator=accelerator,
-        network=network.to(accelerator.device).to(memory_format=torch.channels_last).eval(),
-        views=views,
-        sets=datasets,
-        facts=facts,
-        results=results,
-        batch_size=batch_size,
-        seed=seed,
-        num_threads=cores,
-        started=time.perf_counter(),
-    )
-    accelerator.end_training()
 
 
 def fit(
@@ -645,14 +625,14 @@ def fresh(network: "Encoder", seed: int) -> "Encoder":
     return encoder.to(next(network.parameters()).device).to(memory_format=torch.channels_last)
 
 
-def head_of(encoder: Path, layers: int) -> "list[nn.Module]":
+def head_of(weights: Path, layers: int) -> "list[nn.Module]":
     """The first layers of the projection head that an encoder was trained with. Raises ValueError if it has fewer."""
-    from model.checkpoint import load_head, weights_file
+    from model.checkpoint import load_head
     from tools import head_file
 
     if not layers:
         return []
-    file = head_file(weights_file(encoder))
+    file = head_file(weights)
     head = list(load_head(file))
     if len(head) < 3 * layers - 1:  # dense, BatchNorm, ReLU; the last layer has no ReLU
         raise ValueError(f"--head-layers {layers}: the projection head in {file} has {(len(head) + 1) // 3}")

@@ -7,7 +7,8 @@
     python tools/make_shards.py cifar10 ROOT OUT               or cifar100, stl10: the original archive in ROOT
     python tools/make_shards.py webdataset TARS OUT            WebDataset shards, shuffled, checked and indexed anew
     python tools/make_shards.py demo OUT                       the built-in demo data, OUT/train and OUT/test
-    python tools/make_shards.py verify DIR                     shards read from end to end, every fault named
+    python tools/make_shards.py verify DIR                     shards read from end to end, every fault named; DIR may
+                                                               be s3://BUCKET/PREFIX or gs://BUCKET/PREFIX
     python tools/make_shards.py quarantine DIR KEY...          leave samples out without rewriting a tar
 
 Every image is decoded once. 8-bit RGB or gray JPEG, PNG and WebP keep their bytes; other kinds (CMYK, 16-bit, alpha,
@@ -263,19 +264,17 @@ def demo(
             _report(read_dataset(out / name))
 
 
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of shards.")]
-
-
 @app.command()
 def verify(
-    folder: Folder,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of shards, or its s3:// or gs:// address.")],
     images: Annotated[bool, typer.Option("--images", help="Decode every image too.")] = False,
     workers: Workers = None,
     report: Annotated[Path | None, typer.Option(help="New file for the faults, JSON lines; for quarantine.")] = None,
 ) -> None:
     """Read shards from end to end: sizes, hashes, indexes against tars, labels, and images on request.
 
-    Every fault is printed with its shard and key. Exit code 0: none; 1: some; 2: there is no manifest to go by.
+    Every fault is printed with its shard and key. Exit code 0: none; 1: some; 2: there is no manifest to go by. A tar
+    in object storage is fetched once, whole, into memory: --workers bounds how many at a time.
     """
     from tools import one_message
 
@@ -299,14 +298,14 @@ def verify(
         mib = sum(shard.bytes for shard in dataset.shards) / 2**20
         rate = f"{dataset.samples / seconds:.0f} samples/s, {mib / seconds:.0f} MiB/s"
         found = f"{len(faults) or 'no'} fault{'s' * (len(faults) > 1)}"
-        typer.echo(f"{folder}: {found} in {dataset.samples} samples in {len(dataset.shards)} shards ({rate})")
+        typer.echo(f"{dataset.address}: {found} in {dataset.samples} samples in {len(dataset.shards)} shards ({rate})")
         if faults:
             raise typer.Exit(1)
 
 
 @app.command()
 def quarantine(
-    folder: Folder,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of shards.")],
     keys: Annotated[list[str] | None, typer.Argument(metavar="KEY...", help="As verify prints them.")] = None,
     report: Annotated[Path | None, typer.Option("--from", help="A report of verify: all its keys.")] = None,
 ) -> None:
