@@ -366,7 +366,7 @@ def test_a_stop_waits_until_the_training_has_saved(programs, data, tmp_path, num
     words += ["--data", str(data / "train"), "--eval-data", str(data / "test")]
     code = f"import pathlib; from tools import ablate; ablate.ROOT = pathlib.Path({str(programs)!r}); ablate.app()"
     process = subprocess.Popen([sys.executable, "-c", code, *words], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    wait_for(programs / "started")
+    wait_for(programs / "started", process)
     code, said = run(*words)
     assert code == 2
     assert "is in use by another ablate.py" in said
@@ -388,9 +388,10 @@ def test_a_stop_waits_until_the_training_has_saved(programs, data, tmp_path, num
     assert "| temperature=0.5 | 1 |" in said
 
 
-def wait_for(path: Path) -> None:
+def wait_for(path: Path, process: subprocess.Popen[str] | None = None) -> None:
     deadline = time.monotonic() + 60
     while not path.exists():
+        assert process is None or process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline, f"{path} does not appear"
         time.sleep(0.02)
 

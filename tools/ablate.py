@@ -286,16 +286,16 @@ class Study:
 
     def fit(self, run: Path, changes: list[str], seed: int) -> dict[str, Any]:
         """Train to the end, from the newest checkpoint if there is one: what the finished run says of itself."""
-        from benchmarks.training import _rows, _training_s
+        from benchmarks.training import rows_of, training_s
 
         fixed = ["--data", self.train.root, "--out", run, "--resume", "--seed", seed]
         self.call("train.py", [*self.settings, *changes, *fixed], run)
         config = json.loads((run / "config.json").read_text())
-        metrics, speed = _rows(run / "metrics.jsonl"), _rows(run / "speed.jsonl")
+        metrics, speed = rows_of(run / "metrics.jsonl"), rows_of(run / "speed.jsonl")
         losses = [row["loss"] for row in metrics if row.get("loss") is not None]
         return {
             "loss": round(statistics.mean(losses[-(self.train.samples // config["batch_size"]) :]), 4),
-            "seconds": round(_training_s(speed, metrics[-1]["step"]), 1),
+            "seconds": round(training_s(speed, metrics[-1]["step"]), 1),
             "threads": config["cpu_threads"] or "",
         }
 
