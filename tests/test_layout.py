@@ -50,7 +50,7 @@ def test_imports_follow_the_plan(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "program",
-    ["train.py", *(f"tools/{name}.py" for name in ("make_shards", "evaluate", "export", "show_views", "doctor"))],
+    ["train.py", *(f"tools/{name}.py" for name in ("make_shards", "evaluate", "export", "show_views", "doctor", "ablate"))],
 )
 def test_programs_import_nothing_slow_to_show_their_help(program: str) -> None:
     """torch alone takes three seconds; --help answers at once."""
