@@ -1,0 +1,98 @@
+"""How training goes, seen from what a step computes anyway: the contrast between the z, and a linear probe on the h.
+
+    contrast(first, second, temperature)                accuracy and entropy of the contrast, alignment, uniformity
+    probe = OnlineProbe(encoder, num_classes, device)   learns beside the encoder, which does not notice
+
+Neither encodes an image, draws a random number or waits for the device.
+Chen et al. 2020, arXiv:2002.05709, section 5 and appendix B.6; Wang and Isola 2020, arXiv:2005.10242.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import batch_norm, cross_entropy
+
+from model.encoder import Encoder
+from model.nt_xent import unit_rows
+from model.probe import zero_linear
+
+MAX_SIMILARITIES = 1 << 22  # held at once: 16 MiB of float32, which is all rows up to a batch of 2048
+PROBE_LR = 0.02
+
+
+@torch.no_grad()
+def contrast(first: Tensor, second: Tensor, temperature: float) -> dict[str, Tensor]:
+    """How well first views tell their second views from those of other images: () float32 tensors by name.
+
+    first        (n, D) projections of first views, of any length; where n·N is more than MAX_SIMILARITIES only as many
+                 rows count as stay below, the first ones, for batches are shuffled.
+    second       (N, D), N ≥ n, of second views: of the same images in the same order, then of any others.
+    temperature  of the loss.
+    contrast_accuracy  0 … 1: first views whose own second view is the most similar of all N.
+    contrast_entropy   0 … log N, in nats: of the softmax of similarity / temperature over the N, on average. This and
+                       the accuracy are what the authors' code logs and Table 5 of the paper gives.
+    alignment          0 … 4: squared distance of an image's two views on the unit sphere, on average.
+    uniformity         -8 … 0: log of the average exp(-2 · squared distance) over views of two different images. These
+                       two are Wang and Isola's with their exponents; the lower, the better. NaN for a single image.
+    """
+    rows = max(1, min(len(first), MAX_SIMILARITIES // len(second)))
+    (u, _), (v, _) = unit_rows(first[:rows].float()), unit_rows(second.float())
+    similarity = u @ v.T
+    logits = torch.log_softmax(similarity / temperature, 1)
+    own = torch.arange(rows, device=u.device)
+    potential = (4 * (similarity - 1)).exp().fill_diagonal_(0)  # |u - v|² = 2 - 2 u·v
+    return {
+        "contrast_accuracy": (similarity.argmax(1) == own).float().mean(),
+        "contrast_entropy": -(logits.exp() * logits).sum(1).mean(),
+        "alignment": (u - v[:rows]).square().sum(1).mean(),
+        "uniformity": (potential.sum() / (rows * (len(v) - 1))).log(),
+    }
+
+
+class OnlineProbe:
+    """A linear classifier of the features that the encoder makes while it learns, both views of each image.
+
+    It never passes a gradient on, so weights, loss and random numbers of the run are bitwise those without it. Features
+    are standardised over the micro-batch, whatever their scale has become; plain SGD at a constant rate, one update a
+    step, needs no state but `linear`. It belongs to one process and learns from that process's images alone: nothing is
+    exchanged, and a probe is not better for seeing them all.
+    """
+
+    def __init__(self, encoder: Encoder, num_classes: int, device: torch.device | str) -> None:
+        """encoder is on `device`; from here on its outputs are noticed."""
+        self.linear = zero_linear(encoder.num_features, num_classes).to(device)
+        self._optimizer: Any = torch.optim.SGD(self.linear.parameters(), lr=PROBE_LR, fused=True)
+        self._features: Tensor | None = None
+        self.accuracy = self._hits = torch.zeros((), device=device)
+        encoder.register_forward_hook(self._notice)
+
+    def _notice(self, _module: nn.Module, _inputs: Any, features: Tensor) -> None:
+        self._features = features.detach()
+
+    def learn(self, labels: Tensor, share: float) -> None:
+        """Take the micro-batch that the encoder has just encoded: labels (m,) int64 on the CPU, its share of the batch.
+
+        Raises ValueError for a label that is no class.
+        """
+        features = self._features
+        assert features is not None
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= self.linear.out_features:
+            raise ValueError(f"labels run from {low} to {high}, expected 0 to {self.linear.out_features - 1}")
+        if features.is_cuda:
+            labels = labels.pin_memory().to(features.device, non_blocking=True)
+        labels = labels.repeat(2)
+        logits = self.linear(batch_norm(features.float(), None, None, training=True))
+        (share * cross_entropy(logits, labels)).backward()
+        self._hits = self._hits + share * (logits.argmax(1) == labels).float().mean()
+
+    def step(self, skipped: Tensor) -> None:
+        """Update from the micro-batches since the last step, unless () `skipped` is 1.
+
+        `accuracy` is then that on these micro-batches before the update: a () tensor, 0 … 1.
+        """
+        self._optimizer.found_inf = skipped
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self.accuracy, self._hits = self._hits, torch.zeros_like(self._hits)
