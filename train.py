@@ -513,7 +513,7 @@ def train(
             return {}
         values = contrast(first, second, config.temperature)
         if probe:
-            values["probe_accuracy"] = probe.accuracy
+            values["probe_accuracy"] = probe.accuracy()
         numbers = torch.stack(list(values.values())).tolist()
         return {name: x if math.isfinite(x) else None for name, x in zip(values, numbers, strict=True)}
 

@@ -18,7 +18,7 @@ from model.nt_xent import unit_rows
 from model.probe import zero_linear
 
 MAX_SIMILARITIES = 1 << 22  # held at once: 16 MiB of float32, which is all rows up to a batch of 2048
-PROBE_LR = 0.02
+PROBE_LR = 16.0  # divided by num_features, the squared length of standardised features
 
 
 @torch.no_grad()
@@ -62,9 +62,8 @@ class OnlineProbe:
     def __init__(self, encoder: Encoder, num_classes: int, device: torch.device | str) -> None:
         """encoder is on `device`; from here on its outputs are noticed."""
         self.linear = zero_linear(encoder.num_features, num_classes).to(device)
-        self._optimizer: Any = torch.optim.SGD(self.linear.parameters(), lr=PROBE_LR, fused=True)
-        self._features: Tensor | None = None
-        self.accuracy = self._hits = torch.zeros((), device=device)
+        self._optimizer: Any = torch.optim.SGD(self.linear.parameters(), lr=PROBE_LR / encoder.num_features, fused=True)
+        self._features = self._logits = self._labels = torch.empty(0)  # of the last micro-batch
         encoder.register_forward_hook(self._notice)
 
     def _notice(self, _module: nn.Module, _inputs: Any, features: Tensor) -> None:
@@ -75,24 +74,25 @@ class OnlineProbe:
 
         Raises ValueError for a label that is no class.
         """
-        features = self._features
-        assert features is not None
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= self.linear.out_features:
-            raise ValueError(f"labels run from {low} to {high}, expected 0 to {self.linear.out_features - 1}")
-        if features.is_cuda:
-            labels = labels.pin_memory().to(features.device, non_blocking=True)
+            raise ValueError(
+                f"labels run from {low} to {high}, expected 0 to {self.linear.out_features - 1}: mend the data set, or "
+                "train without the probe"
+            )
+        if self._features.is_cuda:
+            labels = labels.pin_memory().to(self._features.device, non_blocking=True)
         labels = labels.repeat(2)
-        logits = self.linear(batch_norm(features.float(), None, None, training=True))
+        logits = self.linear(batch_norm(self._features.float(), None, None, training=True))
         (share * cross_entropy(logits, labels)).backward()
-        self._hits = self._hits + share * (logits.argmax(1) == labels).float().mean()
+        self._logits, self._labels = logits.detach(), labels
 
     def step(self, skipped: Tensor) -> None:
-        """Update from the micro-batches since the last step, unless () `skipped` is 1.
-
-        `accuracy` is then that on these micro-batches before the update: a () tensor, 0 … 1.
-        """
+        """Update from the micro-batches since the last step, unless () `skipped` is 1."""
         self._optimizer.found_inf = skipped
         self._optimizer.step()
         self._optimizer.zero_grad()
-        self.accuracy, self._hits = self._hits, torch.zeros_like(self._hits)
+
+    def accuracy(self) -> Tensor:
+        """() 0 … 1, on both views of the last micro-batch, before the update that it is part of."""
+        return (self._logits.argmax(1) == self._labels).float().mean()

@@ -33,13 +33,15 @@ def contrast(first: Array, second: Array, temperature: float) -> dict[str, float
 def probe_step(
     weight: Array, bias: Array, micro_batches: list[tuple[Array, NDArray[np.int64]]], lr: float
 ) -> tuple[Array, Array, float]:
-    """One step from weight (C, F) and bias (C,) on features (2m, F), view-major, and labels (m,); and the accuracy.
+    """One step from weight (C, F) and bias (C,) on features (2m, F), view-major, and labels (m,); and the accuracy
+    on the last micro-batch.
 
     Micro-batches are of equal size, and each is standardised by itself.
     """
-    weight_grad, bias_grad, hits = np.zeros_like(weight), np.zeros_like(bias), []
+    weight_grad, bias_grad = np.zeros_like(weight), np.zeros_like(bias)
     rows = sum(len(features) for features, _ in micro_batches)
     for features, labels in micro_batches:
+        hits = []
         x = (features - features.mean(0)) / np.sqrt(features.var(0) + 1e-5)
         for row, label in zip(x, [*labels, *labels], strict=True):
             logits = weight @ row + bias
