@@ -601,8 +601,6 @@ def train(
             )
             step += 1
             pending.append((step, outcome, lr))
-            if probe:
-                probe.step(outcome.skipped)
 
             last = step == total_steps
             logging = last or step % config.log_every == 0

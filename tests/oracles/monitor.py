@@ -31,24 +31,17 @@ def contrast(first: Array, second: Array, temperature: float) -> dict[str, float
 
 
 def probe_step(
-    weight: Array, bias: Array, micro_batches: list[tuple[Array, NDArray[np.int64]]], lr: float
+    weight: Array, bias: Array, features: Array, labels: NDArray[np.int64], lr: float
 ) -> tuple[Array, Array, float]:
-    """One step from weight (C, F) and bias (C,) on features (2m, F), view-major, and labels (m,); and the accuracy
-    on the last micro-batch.
-
-    Micro-batches are of equal size, and each is standardised by itself.
-    """
-    weight_grad, bias_grad = np.zeros_like(weight), np.zeros_like(bias)
-    rows = sum(len(features) for features, _ in micro_batches)
-    for features, labels in micro_batches:
-        hits = []
-        x = (features - features.mean(0)) / np.sqrt(features.var(0) + 1e-5)
-        for row, label in zip(x, [*labels, *labels], strict=True):
-            logits = weight @ row + bias
-            p = np.exp(logits - logits.max())
-            p /= p.sum()
-            hits.append(np.argmax(logits) == label)
-            p[label] -= 1
-            weight_grad += np.outer(p, row) / rows
-            bias_grad += p / rows
+    """One step from weight (C, F) and bias (C,) on features (2m, F), view-major, of labels (m,); and the accuracy."""
+    x = (features - features.mean(0)) / np.sqrt(features.var(0) + 1e-5)
+    weight_grad, bias_grad, hits = np.zeros_like(weight), np.zeros_like(bias), []
+    for row, label in zip(x, [*labels, *labels], strict=True):
+        logits = weight @ row + bias
+        p = np.exp(logits - logits.max())
+        p /= p.sum()
+        hits.append(np.argmax(logits) == label)
+        p[label] -= 1
+        weight_grad += np.outer(p, row) / len(x)
+        bias_grad += p / len(x)
     return weight - lr * weight_grad, bias - lr * bias_grad, float(np.mean(hits))
