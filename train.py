@@ -107,6 +107,9 @@ class TrainConfig:
     checkpoint_every: Annotated[int, "Steps between checkpoints; the last step always makes one."] = 500
     keep: Annotated[int, "Newest checkpoints kept."] = 2
     knn_every: Annotated[int, "Epochs between kNN evaluations; 0: only before and after."] = 0
+    online_probe: Annotated[
+        bool, "Train a linear classifier beside the encoder, which does not notice; without labels there is none."
+    ] = True
     track: Annotated[str, "Also log to a tracker of Accelerate, such as tensorboard or wandb."] = ""
 
     def __post_init__(self) -> None:
@@ -136,7 +139,7 @@ class TrainConfig:
 # What may change when a run resumes, because it does not touch what is computed.
 FREE = frozenset(
     {"num_threads", "log_every", "checkpoint_every", "keep", "track", "data", "eval_data", "knn_every"}
-    | {"keep_graphs", "max_skipped"}
+    | {"keep_graphs", "max_skipped", "online_probe"}
 )
 
 RECIPES: dict[str, TrainConfig] = {
@@ -378,6 +381,7 @@ def train(
     from torch import Tensor
 
     from model import checkpoint
+    from model.monitor import OnlineProbe, contrast
     from model.nt_xent import resolve
     from model.schedule import learning_rate, warmup_steps
     from pipeline.loader import build_loader
@@ -459,12 +463,17 @@ def train(
     rows = 2 * loader.local_batch_size
     impl = resolve(config.loss, device, rows=rows, dim=setup.dim, temperature=config.temperature)
 
+    num_classes = len(dataset.classes or ()) if config.online_probe else 0
+    probe = OnlineProbe(encoder, num_classes, device) if num_classes and main else None
+    linear = probe.linear if probe else None
+    anew = probe and newest and not (newest / "probe.safetensors").exists()
+
     # Start, or go on
     step = 0
     in_a_row = 0  # skipped steps up to here
     if newest and saved:
         loader.load_state_dict(saved["loaders"][rank])
-        step, _ = checkpoint.load(newest, model=network, optimizer=optimizer)
+        step, _ = checkpoint.load(newest, model=network, optimizer=optimizer, probe=linear)
         in_a_row = saved.get("skipped_in_a_row", 0)
     if config.track:
         accelerator.init_trackers("swiftclr", config={k: str(v) for k, v in asdict(config).items()})
@@ -481,12 +490,34 @@ def train(
         + (", waiting on the host" if whole.offload else "")
         + f"; {loader.steps_per_epoch} steps per epoch, learning rate to {peak:.4g} in {warmup} steps\n"
         f"  loss       {impl[0]}: {impl[1]}\n"
+        f"  probe      "
+        + (f"linear, of {num_classes} classes" if num_classes else "off" if dataset.classes else "none without labels")
+        + (", from nothing: the checkpoint has none" if anew else "")
+        + "\n"
         f"  settings   {settings(config, origin or {})}"
     )
     pending: list[tuple[int, Outcome, float]] = []
+    last_z = torch.empty(0)
     clock = Clock(step)
 
-    def flush() -> None:
+    def watched_loss(z: Tensor) -> Tensor:
+        nonlocal last_z
+        last_z = z.detach()
+        return loss_of(z)
+
+    def monitor() -> dict[str, float | None]:
+        """How the main process's first views of the last step do among the second views of all, and its probe."""
+        first, second = last_z.chunk(2)
+        second = accelerator.gather(second)  # the main process's come first
+        if not main:
+            return {}
+        values = contrast(first, second, config.temperature)
+        if probe:
+            values["probe_accuracy"] = probe.accuracy()
+        numbers = torch.stack(list(values.values())).tolist()
+        return {name: x if math.isfinite(x) else None for name, x in zip(values, numbers, strict=True)}
+
+    def flush(monitored: Mapping[str, float | None]) -> None:
         """Write what has happened since the last flush; the one place where the host waits for the device."""
         nonlocal in_a_row
         outcomes = torch.stack([torch.stack(outcome) for _, outcome, _ in pending])
@@ -498,6 +529,7 @@ def train(
             if skipped:
                 rows[-1]["skipped"] = in_a_row
         pending.clear()
+        rows[-1] |= monitored
         log.metrics(rows)
         if broken := [row["step"] for row in rows if row.get("skipped", 0) >= config.max_skipped]:
             ranks = table[..., 2].any(1).nonzero().flatten().tolist()
@@ -514,11 +546,12 @@ def train(
         accelerator.print(
             f"step {step}/{total_steps} {100 * step // total_steps}% | loss {loss:.3f} | "
             + (f"skipped {skips} | " if (skips := sum("skipped" in row for row in rows)) else "")
+            + (f"probe {100 * hits:.1f}% | " if (hits := monitored.get("probe_accuracy")) is not None else "")
             + f"img/s {speed['images_per_s']:.0f} | data_wait {speed['data_wait_percent']:.1f}% | "
             f"mem {speed['peak_mib'] / 1024:.1f} GiB | lr {rows[-1]['lr']:.3g} | eta {eta}",
         )
         if config.track:
-            accelerator.log({"loss": loss, "lr": rows[-1]["lr"], **speed}, step=step)
+            accelerator.log({"loss": loss, "lr": rows[-1]["lr"], **monitored, **speed}, step=step)
 
     def evaluate() -> None:
         assert queries is not None
@@ -534,17 +567,21 @@ def train(
             extra = {"config": asdict(config), "recipe": recipe, "loaders": loaders, "skipped_in_a_row": in_a_row}
             folder = out / "checkpoints"
             try:
-                checkpoint.save(folder, step, model=network, optimizer=optimizer, extra=extra, keep=config.keep)
+                checkpoint.save(
+                    folder, step, model=network, optimizer=optimizer, extra=extra, keep=config.keep, probe=linear
+                )
             except ValueError as error:  # training broke the weights before any loss showed it
                 raise FloatingPointError(f"{error}. Lower --base-lr, and start anew") from error
         log.status("running", step)
 
     def micro_batches() -> Iterator[Tensor]:
         for i in range(whole.count):
-            views = next(loader).views
+            batch = next(loader)
             if step == i == 0 and main:
-                save_grid(views, config.views, out / "views.png")
-            yield views
+                save_grid(batch.views, config.views, out / "views.png")
+            yield batch.views
+            if probe and batch.labels is not None:  # the next one is only asked for when this one is encoded
+                probe.learn(batch.labels, 1 / whole.count)
 
     with log.outcome(lambda: step):
         if queries and step == 0:
@@ -556,7 +593,7 @@ def train(
                 model,
                 optimizer,
                 micro_batches(),
-                loss_of,
+                watched_loss,
                 lr,
                 count=whole.count,
                 keep=whole.keep,
@@ -573,7 +610,7 @@ def train(
             knn_steps = config.knn_every * loader.steps_per_epoch
             evaluating = queries is not None and (last or (knn_steps and step % knn_steps == 0))
             if logging or saving or evaluating:
-                flush()
+                flush(monitor() if logging else {})
             if saving or evaluating:
                 if evaluating:
                     evaluate()

@@ -1,9 +1,9 @@
 """Checkpoints that survive kill -9, and the encoder as plain weights. The only home of safetensors.
 
-A checkpoint is a folder `step-0000123/` of model.safetensors, optimizer.safetensors and state.json (all that is no
-tensor, and the hashes of the other two). It is written under another name, flushed to the disk and then renamed, so a
-name holds a whole checkpoint or does not exist. Nothing is pickled, and nothing in a file is believed before it
-matches the model at hand.
+A checkpoint is a folder `step-0000123/` of model.safetensors, optimizer.safetensors, perhaps probe.safetensors, and
+state.json (all that is no tensor, and the hashes of the others). It is written under another name, flushed to the disk
+and then renamed, so a name holds a whole checkpoint or does not exist. Nothing is pickled, and nothing in a file is
+believed before it matches the model at hand.
 """
 
 import contextlib
@@ -37,13 +37,21 @@ METADATA_KEY = "swiftclr"  # exactly one: safetensors writes several in random o
 
 
 def save(
-    folder: str | Path, step: int, *, model: nn.Module, optimizer: Optimizer, extra: Mapping[str, Any], keep: int = 3
+    folder: str | Path,
+    step: int,
+    *,
+    model: nn.Module,
+    optimizer: Optimizer,
+    extra: Mapping[str, Any],
+    keep: int = 3,
+    probe: nn.Module | None = None,
 ) -> Path:
     """Publish `folder/step-{step}/`, then remove all checkpoints but the newest `keep` (≥ 1) and this one.
 
     model      unwrapped (no DDP around it): its parameter names are the file's.
     optimizer  over parameters of `model`; its state may hold tensors and JSON values.
     extra      whatever else a resume needs, as JSON: configuration, loader position, metrics.
+    probe      what was trained beside the model goes into a file of its own, probe.safetensors.
     One process of a run calls this. Raises FileExistsError if the step is saved already, ValueError naming a tensor
     that is not finite (NaN is nothing to resume from), OSError if the disk is full. Older checkpoints stay whole.
     """
@@ -63,6 +71,8 @@ def save(
             for key, value in entries.items():
                 (tensors if isinstance(value, Tensor) else values)[f"{owner}:{key}"] = value
     files = {"model.safetensors": model.state_dict(), "optimizer.safetensors": tensors}
+    if probe is not None:
+        files["probe.safetensors"] = probe.state_dict()
     for name, part in files.items():
         if bad := _first_not_finite(part):
             raise ValueError(f"{bad} ({name}) is not finite at step {step}: nothing saved, older checkpoints kept")
@@ -94,20 +104,25 @@ def latest(folder: str | Path) -> Path | None:
     return published[-1][1] if published else None
 
 
-def load(path: str | Path, *, model: nn.Module, optimizer: Optimizer) -> tuple[int, dict[str, Any]]:
+def load(
+    path: str | Path, *, model: nn.Module, optimizer: Optimizer, probe: nn.Module | None = None
+) -> tuple[int, dict[str, Any]]:
     """Put a checkpoint, bit for bit, into `model` and `optimizer`; returns (step, extra).
 
-    Their devices and memory formats stay. Raises ValueError naming the file, the key, what is expected and what is
-    there; then neither has been touched.
+    Their devices and memory formats stay, and so does a `probe` that the checkpoint knows nothing of. Raises ValueError
+    naming the file, the key, what is expected and what is there; then none has been touched.
     """
     path = Path(path)
     state = json.loads((path / "state.json").read_bytes())
     if state.get("format") != FORMAT:
         raise ValueError(f"{path}/state.json has format {state.get('format')!r}, expected {FORMAT}")
-    for name in ("model.safetensors", "optimizer.safetensors"):
+    if "probe.safetensors" not in state["sha256"]:
+        probe = None
+    for name in ["model.safetensors", "optimizer.safetensors"] + ["probe.safetensors"] * (probe is not None):
         if (found := _sha256(path / name)) != (digest := state["sha256"][name]):
             raise ValueError(f"{path / name} is damaged: its sha256 is {found[:12]}…, expected {digest[:12]}…")
     weights = _read_tensors(path / "model.safetensors", model.state_dict())
+    probed = _read_tensors(path / "probe.safetensors", probe.state_dict()) if probe is not None else {}
 
     names, saved = _names(model, optimizer), state["optimizer"]
     if saved["class"] != type(optimizer).__name__:
@@ -131,6 +146,8 @@ def load(path: str | Path, *, model: nn.Module, optimizer: Optimizer) -> tuple[i
                 value = torch.empty_like(param, dtype=value.dtype, requires_grad=False).copy_(value)
             moments.setdefault(i, {})[key] = value
     model.load_state_dict(weights)
+    if probe is not None:
+        probe.load_state_dict(probed)
     optimizer.load_state_dict({"state": moments, "param_groups": groups})
     return state["step"], state["extra"]
 

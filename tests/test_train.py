@@ -31,6 +31,7 @@ from model.simclr import ProjectionHead, SimCLR
 from pipeline.loader import Batch, Loader
 from pipeline.shards import Sample
 from pipeline.write import write_shards
+from tests.oracles.monitor import contrast
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM, BATCH = 70, 16  # four steps an epoch, six samples over
@@ -262,6 +263,7 @@ def test_a_killed_run_goes_on_bit_for_bit(shards: Path, tmp_path: Path) -> None:
     ends = [latest(folder / "checkpoints") for folder in (out, tmp_path / "whole")]
     hashes = [json.loads((end / "state.json").read_text())["sha256"] for end in ends if end]
     assert hashes[0] == hashes[1]
+    assert hashes[0].keys() == {"model.safetensors", "optimizer.safetensors", "probe.safetensors"}
 
 
 # ---- micro-batches, and steps that are not finite ------------------------------------------------------------------
@@ -291,8 +293,19 @@ def test_a_run_in_micro_batches_resumes_bit_for_bit(
 ) -> None:
     """Six steps cross an epoch's end; two of them in a row are skipped, on both sides of the checkpoint."""
     poison(monkeypatch, range(9, 13))  # three micro-batches of step 3, one of step 4
-    common = ("--data", str(shards), "--steps", "6", "--micro-batch", "4", "--checkpoint-every", "3")
-    done = run(*common, "--out", str(tmp_path / "whole"), "--log-every", "2")
+    common = (
+        "--data",
+        str(shards),
+        "--log-every",
+        "2",
+        "--steps",
+        "6",
+        "--micro-batch",
+        "4",
+        "--checkpoint-every",
+        "3",
+    )
+    done = run(*common, "--out", str(tmp_path / "whole"))
     assert done.exit_code == 0, done.output
     assert "in 4 micro-batches of 4, 3 of them encoded twice" in done.output
     assert "| skipped 1 |" in done.output
@@ -325,26 +338,58 @@ def test_a_micro_batch_that_does_not_divide_is_refused(shards: Path, tmp_path: P
     assert not (tmp_path / "run").exists()
 
 
-def _poisoned_rank(rank: int, world_size: int, port: int, data: str, out: str) -> None:
+def _watched_rank(rank: int, world_size: int, port: int, data: str, out: str) -> None:
+    """Train with broken images on rank 1 from the third step on; keep each step's z as the loss saw it."""
     join(rank, world_size, port)
     if rank == 1:
         poison(pytest.MonkeyPatch(), range(2, 100))
+    real, seen = train.train_step, []
+
+    def keeping(model: Any, optimizer: Any, views: Any, loss_of: Any, *more: Any, **options: Any) -> train.Outcome:
+        def loss(z: torch.Tensor) -> torch.Tensor:
+            seen.append(z.detach().clone())
+            return loss_of(z)
+
+        return real(model, optimizer, views, loss, *more, **options)
+
+    pytest.MonkeyPatch().setattr(train, "train_step", keeping)
     done = run("--data", data, "--out", out, "--steps", "30", "--max-skipped", "3", "--log-every", "1")
     (Path(out) / f"rank-{rank}.txt").write_text(f"{done.exit_code} {done.output}")
+    torch.save(seen, Path(out) / f"rank-{rank}.pt")
 
 
-def test_a_broken_image_on_one_rank_skips_the_step_on_all(shards: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def two_ranks(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of `_watched_rank` on two gloo processes."""
+    out = tmp_path_factory.mktemp("two") / "run"
+    torch.multiprocessing.spawn(_watched_rank, (2, free_port(), str(shards), str(out)), nprocs=2)
+    return out
+
+
+def test_a_broken_image_on_one_rank_skips_the_step_on_all(two_ranks: Path) -> None:
     """The third one in a row ends the run on both; the weights are those of before the first."""
-    out = tmp_path / "run"
-    torch.multiprocessing.spawn(_poisoned_rank, (2, free_port(), str(shards), str(out)), nprocs=2)
-    assert [row.get("skipped") for row in rows(out)] == [None, None, 1, 2, 3]
+    assert [row.get("skipped") for row in rows(two_ranks)] == [None, None, 1, 2, 3]
     for rank in range(2):
-        printed = (out / f"rank-{rank}.txt").read_text()
+        printed = (two_ranks / f"rank-{rank}.txt").read_text()
         assert printed.startswith("1 "), printed
         assert "3 steps in a row, up to step 5, had a gradient that is not finite" in printed
         assert "z was not finite on rank 1." in printed
-    assert json.loads((out / "status.json").read_text())["state"] == "failed"
-    assert latest(out / "checkpoints") is None
+    assert json.loads((two_ranks / "status.json").read_text())["state"] == "failed"
+    assert latest(two_ranks / "checkpoints") is None
+
+
+def test_first_views_of_one_process_meet_second_views_of_all(two_ranks: Path) -> None:
+    """What is monitored is that of the joined batch; where images are broken, what has no value says so."""
+    z = [torch.load(two_ranks / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
+    found = rows(two_ranks)
+    for step, row in enumerate(found[:2]):
+        first = z[0][step].chunk(2)[0].double().numpy()
+        second = torch.cat([part[step].chunk(2)[1] for part in z]).double().numpy()
+        assert (len(first), len(second)) == (BATCH // 2, BATCH)
+        expected = contrast(first, second, 0.2)
+        assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert all(0 <= row["probe_accuracy"] <= 1 for row in found)
+    assert [row["uniformity"] is None for row in found] == [False, False, True, True, True]
 
 
 # ---- many processes ------------------------------------------------------------------------------------------------
