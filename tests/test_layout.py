@@ -48,10 +48,10 @@ def test_imports_follow_the_plan(path: Path) -> None:
         assert library not in found or name in homes or room == "benchmarks", f"{name} imports {library}"
 
 
-@pytest.mark.parametrize(
-    "program",
-    ["train.py", *(f"tools/{name}.py" for name in ("make_shards", "evaluate", "export", "show_views", "doctor", "ablate"))],
-)
+PROGRAMS = "make_shards", "evaluate", "export", "show_views", "doctor", "ablate"
+
+
+@pytest.mark.parametrize("program", ["train.py", *(f"tools/{name}.py" for name in PROGRAMS)])
 def test_programs_import_nothing_slow_to_show_their_help(program: str) -> None:
     """torch alone takes three seconds; --help answers at once."""
     assert not imports(ROOT / program, top_level=True) & {"torch", "torchvision", "accelerate", "nvidia", "webdataset"}
