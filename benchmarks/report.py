@@ -512,24 +512,20 @@ def spans(limits: tuple[float, float]) -> float:
 
 def draw_against(rows: Sequence[Row], path: Path) -> None:
     """Images per second of each contestant, batch by batch."""
-    import numpy as np
     from matplotlib.figure import Figure
 
     sizes = parted(rows, "batch_size")
-    names = list(dict.fromkeys(row["what"] for row in rows))
-    figure = Figure(figsize=(8, 0.9 + 0.32 * len(rows)), layout="constrained")
+    before = [sum(len(size) for size in sizes[:i]) for i in range(len(sizes))]
+    places = [0.6 * i + before[i] + j for i, size in enumerate(sizes) for j in range(len(size))]
+    figure = Figure(figsize=(8, 1.2 + 0.3 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    for i, name in enumerate(names):
-        found = [next((row for row in size if row["what"] == name), None) for size in sizes]
-        speeds = [float(row["images_per_s"]) if row else 0.0 for row in found]
-        places = np.arange(len(sizes)) + (i - (len(names) - 1) / 2) * 0.8 / len(names)
-        bars = axes.barh(places, speeds, 0.75 / len(names), color="C3" if i == 0 else f"{0.45 + 0.12 * i}", label=name)
-        marks = [f" {name}: {number(row['images_per_s'])}, {float(row['ratio_to_ours']):.2f} x" for row in found if row]
-        axes.bar_label(bars, marks, fontsize=8)
-    axes.set_yticks(range(len(sizes)), [f"batch {size[0]['batch_size']}" for size in sizes])
+    colours = ["C3" if row["what"] == rows[0]["what"] else "0.7" for row in rows]
+    bars = axes.barh(places, [float(row["images_per_s"]) for row in rows], 0.8, color=colours)
+    axes.bar_label(bars, [f" {number(row['images_per_s'])}, {float(row['ratio_to_ours']):.2f} x" for row in rows])
+    axes.set_yticks(places, [f"{row['what']}, batch {row['batch_size']}" for row in rows])
     axes.invert_yaxis()
-    axes.margins(x=0.35)
-    axes.set(xlabel="source images/s, trained", ylabel="")
+    axes.margins(x=0.2)
+    axes.set(xlabel="source images/s in training")
     axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title(rows), fontsize=8)
     figure.savefig(path, dpi=120)
