@@ -368,7 +368,8 @@ def sweep(rows: list[Row]) -> str:
 def kind(row: Row) -> str:
     """What a row of the sweep trained."""
     processes = f" on {row['world_size']} processes" if row["world_size"] != "1" else ""
-    return f"`{row['preset']}`: {row['encoder']} at {row['size']} px, {row['precision']}{processes}"
+    precision = row["precision"].replace("no", "fp32")
+    return f"`{row['preset']}`: {row['encoder']} at {row['size']} px, {precision}{processes}"
 
 
 def newest_sweeps(rows: list[Row], *each: str) -> list[list[Row]]:

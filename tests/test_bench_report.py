@@ -49,7 +49,7 @@ def test_a_sweep_is_a_line_per_batch_ascending_the_newest_of_each(tmp_path):
     rows += [swept(1024, **NOTHING, status="out of memory", verdict="")]
     ratio = "0.990 (0.980 to 0.995, 3 rounds)"
     assert rendered("sweep", rows, tmp_path) == (
-        "\n`cpu`: resnet18 at 32 px, no; images/s of the loader alone, the step alone on synthetic views, and both "
+        "\n`cpu`: resnet18 at 32 px, fp32; images/s of the loader alone, the step alone on synthetic views, and both "
         "together, with the median of the rounds' ratios (p20 to p80).\n\n"
         "| batch | micro-batch | loader | synthetic | together | together / synthetic | data_wait | step ms | p95 "
         "| host MiB | verdict |\n" + "| --- " * 11 + "|\n"
@@ -75,7 +75,7 @@ def test_presets_processes_and_gpus_have_tables_of_their_own(tmp_path):
     rendered("sweep", rows, tmp_path)
     text = rendered("sweep", [swept(256, preset="imagenet", **gpu)], tmp_path, device="Some GPU", driver="580.1")
     assert text.count("| batch |") == 3
-    assert "resnet18 at 32 px, no on 8 processes;" in text
+    assert "resnet18 at 32 px, fp32 on 8 processes;" in text
     assert "sweep-cpu-8-processes.png" in text
     last = text[text.index("`imagenet`") :]
     assert "| 1,853 | 70,000 | 98.7 % | 612 W | the model limits |" in last
@@ -92,7 +92,7 @@ def contested(batch_size, what, speed, ratio):
 def test_other_loaders_are_told_beside_ours(tmp_path):
     rows = [contested(256, what, speed, ratio) for what, speed, ratio in (("SwiftCLR", 400, 1), ("lightly", 100, 0.25))]
     assert rendered("against", rows, tmp_path) == (
-        "\n`cpu`: resnet18 at 32 px, no; the same model and images through other loaders and losses.\n\n"
+        "\n`cpu`: resnet18 at 32 px, fp32; the same model and images through other loaders and losses.\n\n"
         "| batch | training with | images/s | of ours | host MiB |\n| --- | --- | --- | --- | --- |\n"
         "| 256 | SwiftCLR | 400 | 1.00 x | 900 |\n| 256 | lightly | 100 | 0.25 x | 900 |\n"
         f"\n{LINE}`against.csv`, [plot](benchmarks/records/against-cpu.png)\n\n"
