@@ -391,10 +391,12 @@ def against(rows: list[Row]) -> str:
     for part in newest_sweeps(rows, "what"):
         lines = []
         for row in part:
-            ratio = f"{float(row['ratio_to_ours']):.2f} x" if row["ratio_to_ours"] else ""
+            ratio, low, high = (f"{float(row[name]):.2f}" for name in ("ratio_to_ours", "ratio_p20", "ratio_p80"))
+            ratio = f"{ratio} x ({low} to {high})"
             values = [number(row["images_per_s"]), ratio, number(row["peak_host_mib"])]
             lines.append([row["batch_size"], row["what"], *values])
-        text += f"\n{kind(part[0])}; the same model and images through other loaders and losses.\n\n"
+        text += f"\n{kind(part[0])}; the same model and images through other loaders and losses; the median "
+        text += f"of {part[0]['rounds']} rounds' ratios (p20 to p80).\n\n"
         text += table(["batch", "training with", "images/s", "of ours", "host MiB"], lines)
         text += conditions(part, "against.csv", against_plot(part[0]))
     return text + "\n"

@@ -448,12 +448,13 @@ class Sweep:
         for name in turns:
             rate = statistics.median(each[name].images / each[name].wall_s for each in rounds)
             pairs = [(each[name], each[OURS]) for each in rounds]
-            ratio = statistics.median(a.images / a.wall_s / (b.images / b.wall_s) for a, b in pairs)
+            ratio = timing([a.images / a.wall_s / (b.images / b.wall_s) for a, b in pairs])
             rows.append(
                 {
                     **self.kind(config),
                     **{"what": name, "rounds": len(rounds), "images_per_s": rounded(rate)},
-                    "ratio_to_ours": rounded(ratio),
+                    "ratio_to_ours": rounded(ratio.median),
+                    **{"ratio_p20": rounded(ratio.p20), "ratio_p80": rounded(ratio.p80)},
                     "peak_host_mib": rounded(max(each[name].peak_host_mib for each in rounds)),
                     **self.facts,
                     **{"threads": cores, "loader_threads": cores},
@@ -521,9 +522,11 @@ def print_row(row: Mapping[str, Any]) -> None:
 
 
 def print_against(rows: Sequence[Mapping[str, Any]]) -> None:
-    print(f"\n{rows[0]['batch_size']} images {'images/s':>18} {'of ours':>9} {'host MiB':>9}")
+    print(f"\n{rows[0]['batch_size']} images {'images/s':>18} {'of ours':>9} {'p20 to p80':>16} {'host MiB':>9}")
     for row in rows:
-        print(f"{row['what']:22} {row['images_per_s']:>9} {row['ratio_to_ours']:>9} {row['peak_host_mib']:>9}")
+        between = f"{row['ratio_p20']} to {row['ratio_p80']}"
+        speed = f"{row['images_per_s']:>9} {row['ratio_to_ours']:>9} {between:>16}"
+        print(f"{row['what']:22} {speed} {row['peak_host_mib']:>9}")
 
 
 # ------------------------------------------------------------------------------------------------------------- check
