@@ -468,24 +468,33 @@ def interleaved(runs: dict[str, tuple[str, Task]], seconds: float) -> dict[str, 
 
 @contextlib.contextmanager
 def standing_still(
-    name: str, task: Task, batches: Callable[[Task], Batches] | None = None, *, multiple: int | None = None
+    name: str,
+    task: Task,
+    batches: Callable[[Task], Batches] | None = None,
+    *,
+    multiple: int | None = None,
+    cores: int | None = None,
 ) -> Iterator[Callable[[float], Turn]]:
     """A loader in a process of its own that moves only while the function given is called; raises RuntimeError.
 
     It is the one of STAGES or PEERS of that name, or `batches`, which a new process must be able to import. A turn ends
-    with a multiple of so many batches, by default of the workers' number.
+    with a multiple of so many batches, by default of the workers' number. Without a GPU it keeps to so many cores, by
+    default as many as it has workers.
 
     In between, its process group is stopped: no queue is filled in another's turn, and none starts a turn full.
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(
-        target=_serve, args=(batches or (STAGES | PEERS)[name], task, there, multiple or task.threads)
-    )
+    make = batches or (STAGES | PEERS)[name]
+    process = context.Process(target=_serve, args=(make, task, there, multiple or task.threads, cores or task.threads))
     process.start()
     there.close()
+    group = process.pid or 0
 
-    def answer() -> Any:
+    def turn(seconds: float) -> Turn:
+        with contextlib.suppress(ProcessLookupError):  # before its first turn it may have no group yet
+            os.killpg(group, signal.SIGCONT)
+        here.send(seconds)
         try:
             said = here.recv()
         except EOFError:
@@ -493,31 +502,24 @@ def standing_still(
             raise RuntimeError(f"{name} died with exit code {process.exitcode}") from None
         if isinstance(said, str):
             raise RuntimeError(f"{name}: {said}")
-        return said
-
-    def turn(seconds: float) -> Turn:
-        os.killpg(group, signal.SIGCONT)
-        here.send(seconds)
-        taken: Turn = answer()
         os.killpg(group, signal.SIGSTOP)
+        taken: Turn = said
         return taken
 
     try:
-        group: int = answer()
-        os.killpg(group, signal.SIGSTOP)
         yield turn
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid or 0, signal.SIGKILL)
+            os.killpg(group, signal.SIGKILL)
+        process.kill()
         process.join()
 
 
-def _serve(make: Callable[[Task], Batches], task: Task, link: Connection, multiple: int) -> None:
+def _serve(make: Callable[[Task], Batches], task: Task, link: Connection, multiple: int, cores: int) -> None:
     os.setpgid(0, 0)
     if task.device == "cpu":
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: task.threads])
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     torch.set_num_threads(task.threads)
-    link.send(os.getpid())
     try:
         batches = make(task)
         while True:

@@ -348,29 +348,36 @@ def sweep(rows: list[Row]) -> str:
         lines = []
         for row in part:
             speeds = [number(row[f"{name}_images_per_s"]) for name in ("loader", "synthetic", "together")]
-            steps = [number(row["step_ms_p50"]), number(row["step_ms_p95"])]
+            ratio, low, high = (row[name] and f"{float(row[name]):.3f}" for name in ("ratio", "ratio_p20", "ratio_p80"))
+            ratio = ratio and f"{ratio} ({low} to {high}, {row['rounds']} rounds)"
+            steps = [number(row["data_wait_percent"], " %"), number(row["step_ms_p50"]), number(row["step_ms_p95"])]
             sizes = [number(row["peak_host_mib"]), number(row["peak_device_mib"])]
             gpu = [number(row["gpu_utilisation_percent"], " %"), number(row["gpu_power_w"], " W")]
-            ratio = f"{float(row['ratio']):.3f}" if row["ratio"] else ""
-            wait = number(row["data_wait_percent"], " %")
             said = row["verdict"] or row["status"]
-            lines.append([row["batch_size"], row["micro_batch"], *speeds, ratio, wait, *steps, *sizes, *gpu, said])
+            lines.append([row["batch_size"], row["micro_batch"], *speeds, ratio, *steps, *sizes, *gpu, said])
         head = ["batch", "micro-batch", "loader", "synthetic", "together", "together / synthetic", "data_wait"]
         head += ["step ms", "p95", "host MiB", "device MiB", "GPU", "power", "verdict"]
-        first = part[0]
-        processes = f" on {first['world_size']} processes" if first["world_size"] != "1" else ""
-        text += f"\n`{first['preset']}`: {first['encoder']} at {first['size']} px, {first['precision']}{processes}; "
-        text += "images/s of the loader alone, the step alone on synthetic views, and both together.\n\n"
-        text += table(head, lines) + conditions(part, "sweep.csv", sweep_plot(first))
+        text += (
+            f"\n{kind(part[0])}; images/s of the loader alone, the step alone on synthetic views, and both together, "
+        )
+        text += "with the median of the rounds' ratios (p20 to p80).\n\n"
+        text += table(head, lines) + conditions(part, "sweep.csv", sweep_plot(part[0]))
     return text + "\n"
 
 
-def newest_sweeps(rows: list[Row]) -> list[list[Row]]:
-    """The newest row of every preset, number of processes and batch size, on the device that each was last run on."""
+def kind(row: Row) -> str:
+    """What a row of the sweep trained."""
+    processes = f" on {row['world_size']} processes" if row["world_size"] != "1" else ""
+    precision = row["precision"].replace("no", "fp32")
+    return f"`{row['preset']}`: {row['encoder']} at {row['size']} px, {precision}{processes}"
+
+
+def newest_sweeps(rows: list[Row], *each: str) -> list[list[Row]]:
+    """The newest rows of every preset, number of processes and batch size, of what each was last run on and with."""
     found = []
     for part in parted(rows, "preset", "world_size"):
-        here = [row for row in part if row["device"] == part[-1]["device"]]
-        found.append(by_number(newest(here, ["batch_size"]), "batch_size"))
+        alike = [row for row in part if all(row[name] == part[-1][name] for name in ("device", "encoder", "size"))]
+        found.append(by_number(newest(alike, ["batch_size"], each), "batch_size"))
     return found
 
 
@@ -381,18 +388,22 @@ def sweep_plot(row: Row) -> str:
 def against(rows: list[Row]) -> str:
     """The same model and images through the usual loaders and losses."""
     text = ""
-    for part in parted(newest(rows, ["device", "preset", "batch_size"], ["what"]), "device", "preset"):
+    for part in newest_sweeps(rows, "what"):
         lines = []
-        for row in by_number(part, "batch_size"):
-            values = [
-                number(row["images_per_s"]),
-                f"{float(row['ratio_to_ours']):.2f} x" if row["ratio_to_ours"] else "",
-            ]
-            lines.append([row["batch_size"], row["what"], *values, number(row["peak_host_mib"])])
-        text += f"\n`{part[0]['preset']}`, the same model and images through other loaders and losses:\n\n"
+        for row in part:
+            ratio, low, high = (f"{float(row[name]):.2f}" for name in ("ratio_to_ours", "ratio_p20", "ratio_p80"))
+            ratio = f"{ratio} x ({low} to {high})"
+            values = [number(row["images_per_s"]), ratio, number(row["peak_host_mib"])]
+            lines.append([row["batch_size"], row["what"], *values])
+        text += f"\n{kind(part[0])}; the same model and images through other loaders and losses; the median "
+        text += f"of {part[0]['rounds']} rounds' ratios (p20 to p80).\n\n"
         text += table(["batch", "training with", "images/s", "of ours", "host MiB"], lines)
-        text += conditions(part, "against.csv")
+        text += conditions(part, "against.csv", against_plot(part[0]))
     return text + "\n"
+
+
+def against_plot(row: Row) -> str:
+    return f"against-{row['preset']}.png"
 
 
 def scaling(rows: list[Row]) -> str:
@@ -433,6 +444,8 @@ def draw(records: Path) -> None:
     """Every plot that a block links to, except those of finished runs, which benchmarks/training.py draws."""
     for part in newest_sweeps(read(records / "sweep.csv")):
         draw_sweep(part, records / sweep_plot(part[0]))
+    for part in newest_sweeps(read(records / "against.csv"), "what"):
+        draw_against(part, records / against_plot(part[0]))
     if losses := read(records / "loss.csv"):
         from benchmarks.loss import plot as plot_losses
 
@@ -447,44 +460,87 @@ def draw(records: Path) -> None:
 
 
 def draw_sweep(rows: Sequence[Row], path: Path) -> None:
-    """Throughput, memory and stall over the batch size; batches that were not measured leave a gap."""
+    """Throughput, its ratio, memory and stall over the batch size; batches that were not measured leave a gap."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+    from benchmarks.sweep import ENOUGH
 
     sizes = [int(row["batch_size"]) for row in rows]
-    figure = Figure(figsize=(12, 3.8), layout="constrained")
-    speed, memory, stall = figure.subplots(1, 3)
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    (speed, share), (memory, stall) = figure.subplots(2, 2)
+
+    def values(name: str) -> list[float]:
+        return [float(row[name]) if row[name] else float("nan") for row in rows]
 
     def line(axes: object, name: str, label: str, **style: object) -> None:
-        values = [float(row[name]) if row[name] else float("nan") for row in rows]
         if any(row[name] for row in rows):
-            axes.plot(sizes, values, label=label, **{"marker": "o"} | style)  # type: ignore[attr-defined]
+            axes.plot(sizes, values(name), label=label, **{"marker": "o"} | style)  # type: ignore[attr-defined]
 
     line(speed, "loader_images_per_s", "loader alone", color="C0")
-    line(speed, "synthetic_images_per_s", "step alone, synthetic views", color="0.6", marker="s")
+    line(speed, "synthetic_images_per_s", "step alone, synthetic views", color="0.6", marker="s", markersize=9)
     line(speed, "together_images_per_s", "both together", color="C3")
-    speed.set(title="throughput", ylabel="source images/s", ylim=(0, None))
+    speed.set(title="throughput", ylabel="source images/s", yscale="log")
+    line(share, "ratio", "median of the rounds", color="C3")
+    share.fill_between(
+        sizes, values("ratio_p20"), values("ratio_p80"), color="C3", alpha=0.2, linewidth=0, label="p20 to p80"
+    )
+    share.axhline(ENOUGH, color="0.5", linestyle="--", linewidth=1, label=f"{ENOUGH}: from here on the model limits")
+    share.set(title="together / synthetic", ylabel="ratio of the rates")
     line(memory, "peak_device_mib", "device")
     line(memory, "peak_host_mib", "host")
-    memory.set(title="peak memory", ylabel="MiB", ylim=(0, None))
+    memory.set(title="peak memory", ylabel="MiB")
     line(stall, "data_wait_percent", "time waiting for images", color="C3")
-    stall.set(title="stall", ylabel="% of the step", ylim=(0, None))
-    for axes in (speed, memory, stall):
+    stall.set(title="stall", ylabel="% of the step")
+    for axes in (share, memory, stall):
+        axes.set_ylim(0, 1.15 * max(1e-9, axes.get_ylim()[1]))
+    speed.yaxis.set_major_formatter(ScalarFormatter())
+    speed.yaxis.set_minor_formatter(ScalarFormatter() if spans(speed.get_ylim()) < 30 else NullFormatter())
+    for axes in (speed, share, memory, stall):
         axes.set_xscale("log", base=2)
-        axes.set_xticks(sizes, [str(size) for size in sizes], fontsize=8)
+        axes.set_xticks(sizes, [str(size) for size in sizes])
         axes.set_xlabel("batch size, images")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         if axes.lines:
-            axes.legend(fontsize=8, frameon=False)
-    first = rows[0]
-    figure.suptitle(
-        f"{first['preset']}: {first['encoder']}, {first['size']} px, {first['precision']}, {first['world_size']} "
-        f"process(es) on {first['device']}, torch {first['torch']}, DALI {first['dali']}, {first['commit']}, "
-        f"{first['date']}",
-        fontsize=9,
-    )
+            axes.legend(fontsize=9, frameon=False)
+    figure.suptitle(title(rows), fontsize=9)
     figure.savefig(path, dpi=120)
     typer.echo(f"plot: {path.name}")
+
+
+def spans(limits: tuple[float, float]) -> float:
+    return limits[1] / limits[0]
+
+
+def draw_against(rows: Sequence[Row], path: Path) -> None:
+    """Images per second of each contestant, batch by batch."""
+    from matplotlib.figure import Figure
+
+    sizes = parted(rows, "batch_size")
+    before = [sum(len(size) for size in sizes[:i]) for i in range(len(sizes))]
+    places = [0.6 * i + before[i] + j for i, size in enumerate(sizes) for j in range(len(size))]
+    figure = Figure(figsize=(8, 1.2 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    colours = ["C3" if row["what"] == rows[0]["what"] else "0.7" for row in rows]
+    bars = axes.barh(places, [float(row["images_per_s"]) for row in rows], 0.8, color=colours)
+    axes.bar_label(bars, [f" {number(row['images_per_s'])}, {float(row['ratio_to_ours']):.2f} x" for row in rows])
+    axes.set_yticks(places, [f"{row['what']}, batch {row['batch_size']}" for row in rows])
+    axes.invert_yaxis()
+    axes.margins(x=0.2)
+    axes.set(xlabel="source images/s in training")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title(rows), fontsize=8)
+    figure.savefig(path, dpi=120)
+    typer.echo(f"plot: {path.name}")
+
+
+def title(rows: Sequence[Row]) -> str:
+    first = rows[0]
+    return (
+        f"{kind(first).replace('`', '')}\n{first['device']}, load {first['load']} before, torch {first['torch']}, DALI "
+        f"{first['dali']}, {first['commit']}, {first['date']}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Loader, step and both together at batches of 256 to 8192 images: where the time and the memory go.
 
     python -m benchmarks.sweep SHARDS --preset cpu              a small network at 32 px, in ten minutes on four cores
+    python -m benchmarks.sweep SHARDS --preset cpu-tiny         one so small that decoding full-size JPEGs limits it
     python -m benchmarks.sweep SHARDS --preset imagenet         GPU: ResNet-50 at 224 px
     python -m benchmarks.sweep SHARDS --preset cifar10          GPU: ResNet-18 at 32 px
     python -m benchmarks.sweep SHARDS --images FOLDER --against lightly,solo,torchvision
@@ -46,8 +47,8 @@ import torch.distributed as dist
 import typer
 from torch import Tensor
 
-from benchmarks.loader import PEERS, ROUNDS, Batches, Task, interleaved, stages, standing_still
-from benchmarks.measure import RECORDS, Marks, append, environment, gpu_watch, held_mib, peak_host_mib
+from benchmarks.loader import PEERS, Batches, Task, interleaved, stages, standing_still
+from benchmarks.measure import RECORDS, Marks, append, environment, gpu_watch, held_mib, peak_host_mib, timing
 from model.nt_xent import nt_xent
 from pipeline.demo import write_demo
 from pipeline.loader import build_loader
@@ -58,21 +59,27 @@ from train import RECIPES, Setup, TrainConfig, build_accelerator, build_training
 
 BATCH_SIZES = (256, 512, 1024, 2048, 4096, 8192)
 ENOUGH = 0.97  # together / synthetic from which on the model limits
+NOISE = 0.06  # of together / synthetic, from p20 to p80 of the rounds: from there on a verdict must be clear
+FEWEST, MOST = 3, 15  # rounds
+TURN_MS = 1000.0  # of each of the three in a round, at least
 QUEUED = 4  # micro-batches, at least as many as the loader holds ready
 WASTE = 0.01  # of an epoch may be read and dropped at its end
 OURS = "ours"
 
+# One core loads and the others train, as a GPU would: sharing all of them, a loader could not be free. A CPU cannot be
+# asked what fits. So wide a network takes minutes for the largest batch, and is slow beside a loader of small images.
+CPU = replace(
+    RECIPES["demo"],
+    views=make_views(VIEWS["cifar"], {"size": 32}),
+    width=0.5,
+    micro_batch=256,
+    num_threads=1,
+    cpu_threads=max(1, share_of_cores() - 1),
+)
+
 PRESETS: dict[str, TrainConfig] = {
-    # One core loads and the others train, as a GPU would: sharing all of them, a loader could not be free. A CPU cannot
-    # be asked what fits; 256 images of this network take 0.5 GiB.
-    "cpu": replace(
-        RECIPES["demo"],
-        views=make_views(VIEWS["cifar"], {"size": 32}),
-        width=0.75,
-        micro_batch=256,
-        num_threads=1,
-        cpu_threads=max(1, share_of_cores() - 1),
-    ),
+    "cpu": CPU,
+    "cpu-tiny": replace(CPU, width=0.125),  # from full-size JPEGs the loader limits
     "imagenet": RECIPES["imagenet"],
     "cifar10": RECIPES["cifar10"],
 }
@@ -86,9 +93,9 @@ CONTESTANTS = {
 }
 
 FOUND = (
-    *("micro_batch", "loader_images_per_s", "synthetic_images_per_s", "together_images_per_s", "ratio"),
-    *("data_wait_percent", "step_ms_p50", "step_ms_p95", "peak_device_mib", "peak_host_mib"),
-    *("gpu_utilisation_percent", "gpu_power_w"),
+    *("micro_batch", "rounds", "loader_images_per_s", "synthetic_images_per_s", "together_images_per_s"),
+    *("ratio", "ratio_p20", "ratio_p80", "data_wait_percent", "step_ms_p50", "step_ms_p95"),
+    *("peak_device_mib", "peak_host_mib", "gpu_utilisation_percent", "gpu_power_w"),
 )
 
 
@@ -126,6 +133,7 @@ def main(
             write_demo(shards)
             shards /= "train"
         config = replace(config, data=str(shards))
+        read_dataset(config.data)  # what is wrong with it is told once, not in each row
         ranks = stack.enter_context(processes())
         cases = [at_batch(config, size, ranks.world_size) for size in batch_size or BATCH_SIZES]
         if profile:
@@ -186,8 +194,23 @@ def verdict(ratio: float, stage_ms: Mapping[str, float]) -> str:
     return "the model limits" if ratio >= ENOUGH else f"the loader limits: {max(stage_ms, key=stage_ms.__getitem__)}"
 
 
+def noisy(ratio: float, p20: float, p80: float) -> bool:
+    """Whether the rounds allow no verdict, as where other programs run: then a loader even seems to speed training up.
+
+    They differ by more than NOISE and are no farther below ENOUGH than that, or the ratio is above 1 by more than that.
+
+    >>> noisy(0.98, 0.97, 0.99), noisy(0.98, 0.93, 1.02), noisy(0.3, 0.2, 0.4), noisy(1.2, 1.19, 1.21)
+    (False, True, False, True)
+    """
+    spread = p80 - p20
+    return (spread > NOISE and p80 > ENOUGH - spread) or ratio - 1 > max(spread, 1 - ENOUGH)
+
+
 def stage_costs(config: TrainConfig, seconds: float) -> dict[str, float]:
-    """Milliseconds per source image that each stage adds to those before it when the loader runs alone."""
+    """Milliseconds per source image that each stage adds to those before it when the loader runs alone.
+
+    On CPUs of processor time, which differs less than time on the clock where other programs run.
+    """
     dataset = read_dataset(config.data)
     task = Task(
         shards=Path(config.data),
@@ -200,8 +223,9 @@ def stage_costs(config: TrainConfig, seconds: float) -> dict[str, float]:
     last = {"reading": "read", "decode": "decode", "augmentation": "blur" if "blur" in possible else "colour"}
     runs = {name: (stage, task) for name, stage in last.items() if stage in possible}
     before, costs = 0.0, {}
-    for name, (wall, _) in interleaved(runs, seconds).items():
-        costs[name], before = wall.median - before, wall.median
+    for name, (wall, processor) in interleaved(runs, seconds).items():
+        ms = (wall if task.device == "cuda" else processor).median
+        costs[name], before = ms - before, ms
     return costs
 
 
@@ -232,10 +256,11 @@ def measure(config: TrainConfig, budget: float) -> dict[str, Any]:
         for _ in range(2):
             load()
             warm = turn(lambda: step(short, itertools.repeat(synthetic, few)), 1, cuda)[0]
-        turn_ms = 1e3 * budget / (3 * ROUNDS)
         step_ms = largest(warm) * plan.count / few
+        turn_ms = min(TURN_MS, 1e3 * budget / (3 * FEWEST))
         steps = max(1, math.ceil(turn_ms / step_ms))
-        rounds = max(1, min(ROUNDS, int(1e3 * budget / (turn_ms + 2 * steps * step_ms))))
+        lead = plan.count < 2 * QUEUED
+        rounds = min(MOST, max(FEWEST, int(1e3 * budget / ((lead + 2 * steps) * step_ms + turn_ms))))
 
         rates: dict[str, list[float]] = {"loader": [], "synthetic": [], "together": []}
         step_times, readings = list[float](), list[Any]()
@@ -244,11 +269,14 @@ def measure(config: TrainConfig, budget: float) -> dict[str, Any]:
             turn(load, QUEUED, cuda)  # what waited in its queue was not made in this turn
             loads, took = 0, 0.0
             while took < turn_ms:
-                loads, took = loads + QUEUED, took + sum(turn(load, QUEUED, cuda))
+                loads, took = loads + 1, took + sum(turn(load, 1, cuda))
             rates["loader"].append(1e3 * loads * plan.micro_batch / took)
-            settle()  # or the loader fills its queue in the next one's turn
-            took = sum(turn(compute, steps, cuda))
-            rates["synthetic"].append(1e3 * steps * config.batch_size / took)
+            # Its queue is empty now, and after a step as full as steps leave it; that of a step of many micro-batches
+            # fills while they are encoded again.
+            if lead:
+                turn(both, 1, cuda)
+            else:
+                settle()
             loader.wait_s = 0.0
             with gpu_watch() as seen:
                 times = turn(both, steps, cuda)
@@ -256,16 +284,20 @@ def measure(config: TrainConfig, budget: float) -> dict[str, Any]:
             readings += seen
             step_times += times
             rates["together"].append(1e3 * steps * config.batch_size / sum(times))
+            settle()  # or the loader fills its queue in the next one's turn
+            took = sum(turn(compute, steps, cuda))
+            rates["synthetic"].append(1e3 * steps * config.batch_size / took)
         device_mib = held_mib() if cuda else 0.0  # with DALI's, and with what torch keeps but does not use
         if cuda:
             device_mib += (torch.cuda.max_memory_allocated() - torch.cuda.memory_reserved()) / 2**20
         own_loader = torch.tensor([statistics.median(rates["loader"])], device=device)
-        ratios = [a / b for a, b in zip(rates["together"], rates["synthetic"], strict=True)]
+        ratios = timing([a / b for a, b in zip(rates["together"], rates["synthetic"], strict=True)])
         p95 = sorted(step_times)[math.ceil(0.95 * len(step_times)) - 1]
         means = [statistics.mean(column) for column in zip(*readings, strict=True)] if readings else [None, None]
         values = (
-            *(plan.micro_batch, float(accelerator.gather(own_loader).sum())),
-            *(statistics.median(rates["synthetic"]), statistics.median(rates["together"]), statistics.median(ratios)),
+            *(plan.micro_batch, rounds, float(accelerator.gather(own_loader).sum())),
+            *(statistics.median(rates["synthetic"]), statistics.median(rates["together"])),
+            *(ratios.median, ratios.p20, ratios.p80),
             *(100 * 1e3 * waited / sum(step_times), statistics.median(step_times), p95),
             *(largest(device_mib) if cuda else None, largest(peak_host_mib()), *means),
         )
@@ -345,6 +377,7 @@ class Sweep:
             "command": shlex.join(["benchmarks.sweep", *sys.argv[1:]]),
             **environment(),  # taken before anything runs, so that `load` is that of others
             "threads": config.cpu_threads,
+            "loader_threads": config.num_threads,
         }
 
     def row(self, config: TrainConfig) -> dict[str, Any]:
@@ -352,15 +385,17 @@ class Sweep:
         status, found = self.ranks.run(measure, config, self.budget)
         says = efficiency = ""
         if status == "ok":
-            if self.ranks.rank == 0 and found["ratio"] < ENOUGH and not self.stage_ms:
-                self.stage_ms = stage_costs(config, 10.0)
-            says = verdict(found["ratio"], self.stage_ms) if self.ranks.rank == 0 else ""
             if self.ranks.world_size > 1:
                 efficiency = self.efficiency(config, found["together_images_per_s"])
+            if noisy(found["ratio"], found["ratio_p20"], found["ratio_p80"]):
+                status = "noisy"
+            elif self.ranks.rank == 0:
+                if found["ratio"] < ENOUGH and not self.stage_ms:
+                    self.stage_ms = stage_costs(config, 10.0)
+                says = verdict(found["ratio"], self.stage_ms)
         row = {
-            **{"preset": self.preset, "batch_size": config.batch_size, "micro_batch": ""},
-            **{"world_size": self.ranks.world_size, "size": config.views.size},
-            **{"encoder": f"ResNet-{config.depth} x{config.width:g}", "precision": config.precision},
+            **self.kind(config),
+            "micro_batch": "",
             "repeats": repeats(read_dataset(config.data).samples, config.batch_size),
             **{name: rounded(found.get(name)) for name in FOUND},
             **{"status": status, "verdict": says, "scaling_efficiency_percent": efficiency, **self.facts},
@@ -369,6 +404,14 @@ class Sweep:
             append(self.out / "sweep.csv", [row])
             print_row(row)
         return row
+
+    def kind(self, config: TrainConfig) -> dict[str, Any]:
+        """What a row is of; only rows that agree in it can be compared."""
+        return {
+            **{"preset": self.preset, "batch_size": config.batch_size, "size": config.views.size},
+            **{"encoder": f"ResNet-{config.depth} x{config.width:g}", "precision": config.precision},
+            "world_size": self.ranks.world_size,
+        }
 
     def efficiency(self, config: TrainConfig, together: float) -> str:
         """Per cent of the rate of as many processes that know nothing of each other, from one with its share."""
@@ -379,9 +422,11 @@ class Sweep:
 
     def against(self, row: dict[str, Any], rivals: Sequence[str], images: Path | None) -> list[dict[str, Any]]:
         """Training with others' loaders and losses at the batch of a row, all in turn."""
-        if row["status"] != "ok":
+        if not row["micro_batch"]:
             return []
+        cores = share_of_cores()
         config = replace(self.config, batch_size=row["batch_size"], micro_batch=int(row["micro_batch"]))
+        config = replace(config, num_threads=cores, cpu_threads=cores)  # nobody's split of a CPU, but the machine's
         task = Task(
             shards=Path(config.data),
             images=images,
@@ -395,7 +440,7 @@ class Sweep:
             turns = {}
             for name in (OURS, *rivals):
                 batches = partial(trained, name=name, config=config)
-                turns[name] = stack.enter_context(standing_still(name, task, batches, multiple=1))
+                turns[name] = stack.enter_context(standing_still(name, task, batches, multiple=1, cores=cores))
                 turns[name](0.0)  # warm-up
             for _ in range(3):
                 rounds.append({name: turn(self.budget / (3 * len(turns))) for name, turn in turns.items()})
@@ -403,13 +448,16 @@ class Sweep:
         for name in turns:
             rate = statistics.median(each[name].images / each[name].wall_s for each in rounds)
             pairs = [(each[name], each[OURS]) for each in rounds]
-            ratio = statistics.median(a.images / a.wall_s / (b.images / b.wall_s) for a, b in pairs)
+            ratio = timing([a.images / a.wall_s / (b.images / b.wall_s) for a, b in pairs])
             rows.append(
                 {
-                    **{"preset": self.preset, "batch_size": config.batch_size, "what": name},
-                    **{"images_per_s": rounded(rate), "ratio_to_ours": rounded(ratio)},
+                    **self.kind(config),
+                    **{"what": name, "rounds": len(rounds), "images_per_s": rounded(rate)},
+                    "ratio_to_ours": rounded(ratio.median),
+                    **{"ratio_p20": rounded(ratio.p20), "ratio_p80": rounded(ratio.p80)},
                     "peak_host_mib": rounded(max(each[name].peak_host_mib for each in rounds)),
-                    **{key: value for key, value in self.facts.items() if key != "command"},
+                    **self.facts,
+                    **{"threads": cores, "loader_threads": cores},
                 }
             )
         append(self.out / "against.csv", rows)
@@ -454,28 +502,31 @@ def rounded(value: float | None) -> str:
 
 
 def print_row(row: Mapping[str, Any]) -> None:
-    if row["status"] != "ok":
+    if not row["micro_batch"]:
         print(f"{row['batch_size']:>6} images: {row['status']}", flush=True)
         return
     repeated = f", data {row['repeats']} times" if row["repeats"] > 1 else ""
+    views = f"{2 * float(row['together_images_per_s']):.4g}"
     efficiency = row["scaling_efficiency_percent"]
     print(
         f"{row['batch_size']:>6} images in micro-batches of {row['micro_batch']}{repeated}: loader "
         f"{row['loader_images_per_s']}, synthetic {row['synthetic_images_per_s']}, together "
-        f"{row['together_images_per_s']} images/s ({2 * float(row['together_images_per_s']):.4g} views/s), ratio "
-        f"{row['ratio']}, data_wait {row['data_wait_percent']}%, step {row['step_ms_p50']} ms (p95 "
-        f"{row['step_ms_p95']}), host {row['peak_host_mib']} MiB"
+        f"{row['together_images_per_s']} images/s ({views} views/s), ratio {row['ratio']} ({row['ratio_p20']} to "
+        f"{row['ratio_p80']} in {row['rounds']} rounds), data_wait {row['data_wait_percent']}%, step "
+        f"{row['step_ms_p50']} ms (p95 {row['step_ms_p95']}), host {row['peak_host_mib']} MiB"
         + (f", device {row['peak_device_mib']} MiB" if row["peak_device_mib"] else "")
         + (f", scaling {efficiency} %" if efficiency else "")
-        + f": {row['verdict']}",
+        + f": {row['verdict'] or row['status']}",
         flush=True,
     )
 
 
 def print_against(rows: Sequence[Mapping[str, Any]]) -> None:
-    print(f"\n{rows[0]['batch_size']} images {'images/s':>18} {'of ours':>9} {'host MiB':>9}")
+    print(f"\n{rows[0]['batch_size']} images {'images/s':>18} {'of ours':>9} {'p20 to p80':>16} {'host MiB':>9}")
     for row in rows:
-        print(f"{row['what']:22} {row['images_per_s']:>9} {row['ratio_to_ours']:>9} {row['peak_host_mib']:>9}")
+        between = f"{row['ratio_p20']} to {row['ratio_p80']}"
+        speed = f"{row['images_per_s']:>9} {row['ratio_to_ours']:>9} {between:>16}"
+        print(f"{row['what']:22} {speed} {row['peak_host_mib']:>9}")
 
 
 # ------------------------------------------------------------------------------------------------------------- check
@@ -491,20 +542,26 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 def compare(rows: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, str]], margin: float) -> list[str]:
     """What has fallen: a line for each ratio more than `margin` of it below the newest row of the same kind.
 
-    together / synthetic, and ours / a rival's. A row that was measured and now fails has fallen too. ValueError if no
-    row of the baseline is of the kind of any: then nothing would be checked.
+    together / synthetic, and ours / a rival's. A row that was measured and now fails has fallen too, and one that is
+    noisy now is told as well: it says nothing, in the baseline neither. ValueError if no row of the baseline is of the
+    kind of any: then nothing would be checked.
     """
 
     def kind(row: Mapping[str, Any]) -> tuple[str, ...]:
         return tuple(str(row.get(name, "")) for name in SAME)
 
-    newest = {kind(row): row for row in baseline}  # rows are appended, so the last one counts
+    newest = {kind(row): row for row in baseline if row.get("status") != "noisy"}  # rows are appended: the last counts
     pairs = [(row, newest[kind(row)]) for row in rows if kind(row) in newest and row.get("what") != OURS]
     if not pairs:
         raise ValueError(f"no row of the baseline has the {', '.join(SAME)} of any row of this run")
     fallen = []
     for now, then in pairs:
         if not ratio_of(then):
+            continue
+        if now.get("status") == "noisy":
+            fallen.append(
+                f"not held to anything at {now['batch_size']} images: its rounds differ too much; run it again"
+            )
             continue
         if ratio_of(now) < (1 - margin) * ratio_of(then):
             what = f"ours / {now['what']}" if "what" in now else "together / synthetic"

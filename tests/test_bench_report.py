@@ -25,15 +25,21 @@ def rendered(name, rows, tmp_path, **conditions):
 
 def swept(batch_size, **changes):
     row = {"preset": "cpu", "batch_size": batch_size, "micro_batch": 64, "world_size": 1, "size": 32}
-    row |= {"encoder": "resnet18", "precision": "no", "repeats": 3, "loader_images_per_s": 1234.5}
-    row |= {"synthetic_images_per_s": 400, "together_images_per_s": 396, "ratio": 0.99, "data_wait_percent": 1.25}
+    row |= {"encoder": "resnet18", "precision": "no", "repeats": 3, "rounds": 3, "loader_images_per_s": 1234.5}
+    row |= {"synthetic_images_per_s": 400, "together_images_per_s": 396, "ratio": 0.99, "ratio_p20": 0.98}
+    row |= {"ratio_p80": 0.995, "data_wait_percent": 1.25}
     row |= {"step_ms_p50": 646.46, "step_ms_p95": 700, "peak_device_mib": "", "peak_host_mib": 1852.9}
     row |= {"gpu_utilisation_percent": "", "gpu_power_w": "", "status": "ok", "verdict": "the model limits"}
     return row | {"command": "python -m benchmarks.sweep --preset cpu"} | changes
 
 
 NOTHING = dict.fromkeys(
-    [name for name, value in swept(0).items() if name.endswith(("_s", "ratio", "percent", "p50", "p95", "mib"))], ""
+    [
+        name
+        for name, value in swept(0).items()
+        if name.endswith(("_s", "ratio", "percent", "p20", "p80", "p50", "p95", "mib"))
+    ],
+    "",
 )
 
 
@@ -41,16 +47,26 @@ def test_a_sweep_is_a_line_per_batch_ascending_the_newest_of_each(tmp_path):
     """Nothing stands where nothing was measured; what no line has is no column."""
     rows = [swept(512), swept(256, together_images_per_s=1), swept(256)]
     rows += [swept(1024, **NOTHING, status="out of memory", verdict="")]
+    ratio = "0.990 (0.980 to 0.995, 3 rounds)"
     assert rendered("sweep", rows, tmp_path) == (
-        "\n`cpu`: resnet18 at 32 px, no; images/s of the loader alone, the step alone on synthetic views, and both "
-        "together.\n\n"
+        "\n`cpu`: resnet18 at 32 px, fp32; images/s of the loader alone, the step alone on synthetic views, and both "
+        "together, with the median of the rounds' ratios (p20 to p80).\n\n"
         "| batch | micro-batch | loader | synthetic | together | together / synthetic | data_wait | step ms | p95 "
         "| host MiB | verdict |\n" + "| --- " * 11 + "|\n"
-        "| 256 | 64 | 1,234 | 400 | 396 | 0.990 | 1.25 % | 646 | 700 | 1,853 | the model limits |\n"
-        "| 512 | 64 | 1,234 | 400 | 396 | 0.990 | 1.25 % | 646 | 700 | 1,853 | the model limits |\n"
+        f"| 256 | 64 | 1,234 | 400 | 396 | {ratio} | 1.25 % | 646 | 700 | 1,853 | the model limits |\n"
+        f"| 512 | 64 | 1,234 | 400 | 396 | {ratio} | 1.25 % | 646 | 700 | 1,853 | the model limits |\n"
         "| 1024 | 64 | – | – | – | – | – | – | – | – | out of memory |\n"
         f"\n{LINE}`sweep.csv`, [plot](benchmarks/records/sweep-cpu.png)\n\n"
     )
+
+
+def test_a_preset_of_another_network_begins_anew_and_a_noisy_row_says_so(tmp_path):
+    """Rows of two networks make no table together."""
+    rows = [swept(256), swept(512), swept(512, encoder="resnet50", verdict="", status="noisy")]
+    text = rendered("sweep", rows, tmp_path)
+    assert "resnet50" in text
+    assert "| 256 |" not in text
+    assert "| noisy |" in text
 
 
 def test_presets_processes_and_gpus_have_tables_of_their_own(tmp_path):
@@ -59,7 +75,7 @@ def test_presets_processes_and_gpus_have_tables_of_their_own(tmp_path):
     rendered("sweep", rows, tmp_path)
     text = rendered("sweep", [swept(256, preset="imagenet", **gpu)], tmp_path, device="Some GPU", driver="580.1")
     assert text.count("| batch |") == 3
-    assert "resnet18 at 32 px, no on 8 processes;" in text
+    assert "resnet18 at 32 px, fp32 on 8 processes;" in text
     assert "sweep-cpu-8-processes.png" in text
     last = text[text.index("`imagenet`") :]
     assert "| 1,853 | 70,000 | 98.7 % | 612 W | the model limits |" in last
@@ -67,17 +83,21 @@ def test_presets_processes_and_gpus_have_tables_of_their_own(tmp_path):
     assert "A processor" not in last  # that preset's newest run was on the GPU
 
 
+def contested(batch_size, what, speed, ratio):
+    row = {"preset": "cpu", "batch_size": batch_size, "size": 32, "encoder": "resnet18", "precision": "no"}
+    row |= {"world_size": 1, "what": what, "images_per_s": speed, "ratio_to_ours": ratio}
+    return row | {"rounds": 3, "ratio_p20": ratio, "ratio_p80": ratio, "peak_host_mib": 900}
+
+
 def test_other_loaders_are_told_beside_ours(tmp_path):
-    rows = [
-        {"preset": "cpu", "batch_size": 256, "what": what, "images_per_s": speed, "ratio_to_ours": ratio}
-        | {"peak_host_mib": 900}
-        for what, speed, ratio in (("SwiftCLR", 400, 1), ("lightly", 100, 0.25))
-    ]
+    rows = [contested(256, what, speed, ratio) for what, speed, ratio in (("SwiftCLR", 400, 1), ("lightly", 100, 0.25))]
     assert rendered("against", rows, tmp_path) == (
-        "\n`cpu`, the same model and images through other loaders and losses:\n\n"
+        "\n`cpu`: resnet18 at 32 px, fp32; the same model and images through other loaders and losses; the "
+        "median of 3 rounds' ratios (p20 to p80).\n\n"
         "| batch | training with | images/s | of ours | host MiB |\n| --- | --- | --- | --- | --- |\n"
-        "| 256 | SwiftCLR | 400 | 1.00 x | 900 |\n| 256 | lightly | 100 | 0.25 x | 900 |\n"
-        f"\n{LINE}`against.csv`\n\n"
+        "| 256 | SwiftCLR | 400 | 1.00 x (1.00 to 1.00) | 900 |\n"
+        "| 256 | lightly | 100 | 0.25 x (0.25 to 0.25) | 900 |\n"
+        f"\n{LINE}`against.csv`, [plot](benchmarks/records/against-cpu.png)\n\n"
     )
 
 
@@ -222,8 +242,7 @@ PAGE = (
 @pytest.fixture
 def page(tmp_path):
     """(a function that runs the program, the README) beside one record."""
-    row = {"preset": "cpu", "batch_size": 256, "what": "lightly", "images_per_s": 100, "ratio_to_ours": 0.25}
-    append(tmp_path / "against.csv", [row | {"peak_host_mib": 900} | HERE])
+    append(tmp_path / "against.csv", [contested(256, "lightly", 100, 0.25) | HERE])
     readme = tmp_path / "README.md"
     readme.write_text(PAGE)
     app = typer.Typer()
@@ -237,7 +256,7 @@ def test_blocks_are_filled_once_and_nothing_else_is_touched(page):
     assert run().exit_code == 0
     text = readme.read_text()
     assert re.sub(r"against -->\n.*?<!-- /", "against -->\nold\n<!-- /", text, count=1, flags=re.DOTALL) == PAGE
-    assert "| 256 | lightly | 100 | 0.25 x | 900 |" in text
+    assert "| 256 | lightly | 100 | 0.25 x (0.25 to 0.25) | 900 |" in text
     assert run().exit_code == 0
     assert readme.read_text() == text
 
@@ -314,9 +333,29 @@ def test_the_plot_of_a_sweep_shows_its_numbers(tmp_path, monkeypatch):
         "both together": [396],
         "host": [1852.9],
         "time waiting for images": [1.25],
+        "median of the rounds": [0.99],
+        "0.97: from here on the model limits": [0.97],
     }
-    assert all(str(line.get_ydata()[1]) == "nan" for axes in drawn[0].axes for line in axes.lines)
+    measured = [line for axes in drawn[0].axes for line in axes.lines if not line.get_label().startswith("0.97")]
+    assert all(str(line.get_ydata()[1]) == "nan" for line in measured)
     assert (tmp_path / "sweep-cpu.png").stat().st_size > 10_000
+
+
+def test_the_plot_of_rivals_shows_each_batch(tmp_path, monkeypatch):
+    """A bar per contestant and batch, as long as its images per second, and its ratio to ours written on it."""
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    rows = [contested(n, "SwiftCLR", 400, 1) for n in (256, 512)] + [contested(256, "lightly", 100, 0.25)]
+    append(tmp_path / "against.csv", [row | HERE for row in rows])
+    report.draw(tmp_path)
+    (axes,) = drawn[0].axes
+    named = [label.get_text() for label in axes.get_yticklabels()]
+    told = [text.get_text().strip() for text in axes.texts]
+    assert list(zip(named, [bar.get_width() for bar in axes.patches], told, strict=True)) == [
+        ("SwiftCLR, batch 256", 400, "400, 1.00 x"),
+        ("lightly, batch 256", 100, "100, 0.25 x"),
+        ("SwiftCLR, batch 512", 400, "400, 1.00 x"),
+    ]
 
 
 def test_the_readme_says_what_the_records_say():

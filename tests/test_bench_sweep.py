@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from typer.testing import CliRunner
 
 from benchmarks import sweep
 from benchmarks.measure import parse_readings
-from benchmarks.sweep import ENOUGH, FOUND, PRESETS, Ranks, compare, failure, gaps, in_child, repeats, verdict
+from benchmarks.sweep import ENOUGH, FOUND, PRESETS, Ranks, compare, failure, gaps, in_child, noisy, repeats, verdict
 from pipeline.shards import Sample, read_dataset
 from pipeline.views import make_views
 from pipeline.write import write_shards
@@ -103,11 +104,12 @@ def model_of(seconds: float) -> Iterator[None]:
         yield
 
 
-def test_a_slowed_loader_limits_and_a_slowed_model_does(config: TrainConfig) -> None:
+def test_a_slowed_loader_limits_and_a_slowed_model_does(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A loader of 0.3 s per micro-batch of 16 images allows 53 images/s at most; a step of 1.5 s, 11."""
+    monkeypatch.setattr(sweep, "FEWEST", 1)  # round
     config = replace(config, batch_size=16)
     with loader_of(0.3), model_of(0.05):
-        found = sweep.measure(config, 2.0)
+        found = sweep.measure(config, 1.0)
     assert set(found) == set(FOUND)
     assert found["loader_images_per_s"] < 16 / 0.3
     assert found["together_images_per_s"] < 16 / 0.3
@@ -115,7 +117,7 @@ def test_a_slowed_loader_limits_and_a_slowed_model_does(config: TrainConfig) -> 
     assert found["data_wait_percent"] > 50
     assert verdict(found["ratio"], STAGES_MS) == "the loader limits: decode"
     with loader_of(0.0), model_of(1.5):
-        found = sweep.measure(config, 2.0)
+        found = sweep.measure(config, 1.0)
     assert found["synthetic_images_per_s"] < 16 / 1.5
     assert found["loader_images_per_s"] > 2 * found["synthetic_images_per_s"]
     assert found["data_wait_percent"] < 5
@@ -124,10 +126,55 @@ def test_a_slowed_loader_limits_and_a_slowed_model_does(config: TrainConfig) -> 
     assert found["micro_batch"] == 16
 
 
+def test_a_ratio_is_of_neighbours_and_tells_how_far_the_rounds_differ(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine three times slower in every round changes the rates but no ratio; one that swings, the spread."""
+    ms = {"load": 100.0, "both": 1000.0, "compute": 900.0, "<lambda>": 10.0}
+    swing, slow = iter([1.0, 2.0, 0.5]), [1.0]
+
+    def turn(work: Any, times: int, _: bool) -> list[float]:
+        if work.__name__ == "load" and times == sweep.QUEUED:
+            slow[0] *= 3
+        return [slow[0] * ms[work.__name__]] * times
+
+    monkeypatch.setattr(sweep, "turn", turn)
+    found = sweep.measure(config, 1.0)
+    assert found["rounds"] == sweep.FEWEST == 3
+    assert [found[name] for name in ("ratio", "ratio_p20", "ratio_p80")] == pytest.approx([0.9] * 3)
+    assert found["together_images_per_s"] == pytest.approx(32 / 9)
+    assert found["synthetic_images_per_s"] == pytest.approx(32 / 9 / 0.9)
+    assert found["loader_images_per_s"] == pytest.approx(16 / 0.9)
+
+    def swinging(work: Any, times: int, _: bool) -> list[float]:
+        return [ms[work.__name__] * (next(swing) if work.__name__ == "compute" else 1.0)] * times
+
+    monkeypatch.setattr(sweep, "turn", swinging)
+    found = sweep.measure(config, 1.0)
+    assert [found[name] for name in ("ratio_p20", "ratio", "ratio_p80")] == pytest.approx([0.45, 0.9, 1.8])
+
+
+@pytest.mark.parametrize(
+    ("ratio", "p20", "p80", "said"),
+    [
+        (0.98, 0.96, 1.0, False),
+        (0.98, 0.93, 1.0, True),  # the rounds differ by more than 0.06
+        (0.5, 0.4, 0.6, False),  # which is far below 0.97
+        (0.85, 0.8, 0.9, True),
+        (1.02, 1.01, 1.02, False),
+        (1.05, 1.04, 1.06, True),  # training is not faster than its own step
+    ],
+)
+def test_a_row_is_noisy_where_rounds_differ_or_training_beats_its_step(
+    ratio: float, p20: float, p80: float, said: bool
+) -> None:
+    assert noisy(ratio, p20, p80) is said
+
+
 def test_the_stage_that_costs_most_is_found(config: TrainConfig, tmp_path: Path) -> None:
     """Images of a million pixels for views of 16: their decoding is what takes time."""
     big = write_images(tmp_path, 8, 1000, 1000)
-    costs = sweep.stage_costs(replace(config, data=str(big / "shards")), 1.0)
+    costs = sweep.stage_costs(replace(config, data=str(big / "shards")), 0.5)
     assert list(costs) == ["reading", "decode", "augmentation"]
     assert verdict(0.5, costs) == "the loader limits: decode"
     assert costs["decode"] > 2.0  # no decoder takes less than 2 ns per pixel on one core
@@ -168,10 +215,12 @@ def test_a_command_leaves_rows_and_goes_on_after_one_that_fails(
     real = Ranks.run
 
     def run(self: Ranks, work: Any, config: TrainConfig, *arguments: Any) -> Any:
-        return in_child(die) if config.batch_size == 16 else real(self, work, config, *arguments)
+        return ("out of memory", {}) if config.batch_size == 16 else real(self, work, config, *arguments)
 
     monkeypatch.setattr(Ranks, "run", run)
-    shape = ["--size", "16", "--width", "0.0625", "--micro-batch", "16", "--budget", "1"]
+    monkeypatch.setattr(sweep, "stage_costs", lambda *_: STAGES_MS)
+    monkeypatch.setattr(sweep, "noisy", lambda *_: False)  # turns so short are
+    shape = ["--size", "16", "--width", "0.0625", "--micro-batch", "16", "--budget", "0.5"]
     sizes = ["--batch-size", "16", "--batch-size", "32"]
     command = [str(data / "shards"), *shape, *sizes, "--out", str(tmp_path)]
     done = CliRunner().invoke(app(), command)
@@ -200,7 +249,7 @@ def app() -> Any:
     ("options", "message"),
     [
         (["--preset", "tpu"], "unknown preset 'tpu'"),
-        (["nowhere"], "nowhere is no data set"),
+        (["nowhere"], "nowhere is no data set"),  # told before any process starts
         (["--against", "byol", "--images", "."], "choose from lightly,solo,torchvision"),
         (["--against", "solo"], "needs --images"),
         (["--profile", "traces", "--against", "solo", "--images", "."], "--profile measures nothing"),
@@ -234,6 +283,14 @@ def answer() -> dict[str, Any]:
     return {"pid": os.getpid(), "adjust": int(Path("/proc/self/oom_score_adj").read_text())}
 
 
+@pytest.fixture(scope="module")
+def children() -> dict[Any, Any]:
+    """What each of these left, all at once: a process takes seconds to start."""
+    works = (die, ask_for_too_much, leave, answer)
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(works, pool.map(in_child, works), strict=True))
+
+
 @pytest.mark.parametrize(
     ("work", "status"),
     [
@@ -242,12 +299,12 @@ def answer() -> dict[str, Any]:
         (leave, "failed: exit code 7"),
     ],
 )
-def test_a_child_that_fails_leaves_its_reason(work: Any, status: str) -> None:
-    assert in_child(work) == (status, {})
+def test_a_child_that_fails_leaves_its_reason(children: dict[Any, Any], work: Any, status: str) -> None:
+    assert children[work] == (status, {})
 
 
-def test_a_child_is_a_process_of_its_own_and_the_first_to_be_killed() -> None:
-    status, found = in_child(answer)
+def test_a_child_is_a_process_of_its_own_and_the_first_to_be_killed(children: dict[Any, Any]) -> None:
+    status, found = children[answer]
     assert status == "ok"
     assert found["pid"] != os.getpid()
     assert found["adjust"] == 1000
@@ -274,6 +331,10 @@ def test_a_ratio_that_falls_by_more_than_the_margin_is_told() -> None:
     assert "together / synthetic 0.930, was 0.980 on 1 May" in told
     (told,) = compare([row("", status="out of memory")], baseline, 0.05)
     assert "out of memory" in told
+    (told,) = compare([row(1.0, status="noisy")], baseline, 0.05)
+    assert "its rounds differ too much" in told
+    later = [{key: str(value) for key, value in row(2.5, status="noisy").items()}]
+    assert compare([row(0.94)], [*baseline, *later], 0.05) == []
     with pytest.raises(ValueError, match="no row of the baseline"):
         compare([row(0.9, device="y")], baseline, 0.05)
 
@@ -304,6 +365,13 @@ def test_the_command_fails_where_a_ratio_has_fallen(
     assert done.exit_code == 1
     assert "fallen at 32 images: together / synthetic 0.900, was 1.000" in done.output
     assert CliRunner().invoke(app(), [*again, "--margin", "0.2"]).exit_code == 0
+    found["ratio_p20"] = 0.8
+    done = CliRunner().invoke(app(), command)
+    assert done.exit_code == 0
+    assert done.output.strip().endswith(": noisy")
+    rows = rows_of(baseline)
+    assert [each["verdict"] for each in rows[-2:]] == ["the loader limits: decode", ""]
+    assert [each["status"] for each in rows[-2:]] == ["ok", "noisy"]
 
 
 def test_gaps_are_the_time_that_no_span_covers() -> None:
@@ -320,13 +388,13 @@ def test_gaps_are_the_time_that_no_span_covers() -> None:
 def test_a_profile_is_a_trace_and_the_ten_longest(
     config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sweep.trace(config, tmp_path)
+    sweep.trace(replace(config, batch_size=16), tmp_path)
     table = capsys.readouterr().out.splitlines()
     assert table[0].split() == ["ms", "share", "calls", "operator"]
     times = [float(line.split()[0]) for line in table[1:11]]
     assert times == sorted(times, reverse=True)
     assert any("convolution" in line or "conv" in line for line in table[1:11])
-    assert (tmp_path / "trace-32-0.json").stat().st_size > 1000
+    assert (tmp_path / "trace-16-0.json").stat().st_size > 1000
 
 
 def test_the_drivers_readings_are_parsed_and_what_it_does_not_tell_is_left_out() -> None:
@@ -337,7 +405,7 @@ def test_the_drivers_readings_are_parsed_and_what_it_does_not_tell_is_left_out()
 def test_rivals_train_on_the_same_images(data: Path, config: TrainConfig, tmp_path: Path) -> None:
     """Each contestant's step takes the whole batch through its own loader and loss."""
     ranks = Ranks()
-    found = sweep.Sweep("cpu", config, ranks, 2.0, tmp_path)
+    found = sweep.Sweep("cpu", config, ranks, 1.0, tmp_path)
     rows = found.against({"status": "ok", "batch_size": 32, "micro_batch": "16"}, ["torchvision"], data / "images")
     assert [row["what"] for row in rows] == ["ours", "torchvision"]
     assert float(rows[0]["ratio_to_ours"]) == 1.0
