@@ -39,7 +39,7 @@ def main(
         if json.loads((run / "status.json").read_text())["state"] != "done":
             raise typer.BadParameter(f"{run} is not done; a record is of finished runs", param_hint="RUNS")
     facts = {"published": published, **environment()}  # one `load` for all: what ran beside the scoring
-    few = ["--percent", percent, "--epochs", epochs, "--from-scratch"]
+    few = ["--percent", percent, "--epochs", epochs, "--eval-every", epochs, "--from-scratch"]
     more: dict[str, list[object]] = {
         "knn": ["--k", 200],
         "logistic": [word for each in l2 or () for word in ("--l2", each)],
