@@ -75,7 +75,9 @@ def main(
     size: Annotated[int, typer.Option(help="pixels of a view")] = 224,
     views: Annotated[str | None, typer.Option(help="preset; default cifar at 32 px, else imagenet")] = None,
     view: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of a view option, for all loaders")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="source images; default 125, at 32 px 500")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="source images; default 125, on CUDA 250; at 32 px 500")
+    ] = None,
     threads: Annotated[list[int] | None, typer.Option(help="default 1, 2 and 4; on CUDA 4, 8 and 16")] = None,
     seconds: Annotated[float, typer.Option(help="per loader, over all rounds, warm-up excluded")] = 20.0,
     device: str = "cpu",
@@ -86,7 +88,7 @@ def main(
     cuda = device == "cuda"
     if cuda and not torch.cuda.is_available():
         raise typer.BadParameter("no CUDA device here", param_hint="--device")
-    batch_size = batch_size or (500 if size == 32 else 125)
+    batch_size = batch_size or (500 if size == 32 else 250 if cuda else 125)
     preset = views or ("cifar" if size == 32 else "imagenet")
     try:
         dataset, config = read_dataset(shards), make_views(preset, {"size": size, **parse_changes(view or ())})

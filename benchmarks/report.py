@@ -134,6 +134,13 @@ def percent(share: str) -> str:
     return f"{100 * float(share):.1f} %"
 
 
+def over_seeds(rows: Sequence[Row], column: str) -> str:
+    """Mean and standard deviation of a share."""
+    values = [100 * float(row[column]) for row in rows]
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread} %"
+
+
 def times(value: str, base: str) -> str:
     """How many times `base`, of what both are."""
     return f"{float(value) / float(base):.2f} x" if value and base else ""
@@ -196,12 +203,6 @@ def training(rows: list[Row]) -> str:
 
 def reproduction(rows: list[Row]) -> str:
     """What encoders reach beside what is published: mean and standard deviation over the seeds."""
-
-    def over_seeds(part: list[Row], column: str) -> str:
-        values = [100 * float(row[column]) for row in part]
-        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.1f}{spread} %"
-
     lines, text = [], ""
     for part in parted(newest(rows, ["run"], ["seed"]), "run"):
         first = part[0]
@@ -217,6 +218,23 @@ def reproduction(rows: list[Row]) -> str:
     head = ["run", "encoder", "training", "seeds", "kNN (random weights)", "logistic (random weights)"]
     head += ["fine-tuned (from scratch)", "on", "published"]
     return "\n" + table(head, lines) + text + "\n"
+
+
+def ablation(rows: list[Row]) -> str:
+    """Every grid of tools/ablate.py: its cells, the best by logistic regression first."""
+    text = ""
+    for part in parted(rows, "grid", "settings", "data"):
+        cells = parted(part, "cell")
+        cells.sort(key=lambda cell: -statistics.mean(float(row["logistic"]) for row in cell))
+        lines = [
+            [cell[0]["cell"], str(len(cell)), *(over_seeds(cell, name) for name in ("logistic", "knn"))]
+            for cell in cells
+        ]
+        first = part[0]
+        text += f"\n`tools/ablate.py {first['grid']}` on {first['data']}, `{first['settings']}`:\n\n"
+        text += table(["cell", "seeds", "logistic", "kNN"], lines)
+        text += conditions(part, "ablation.csv", f"ablation-{first['grid']}.png")
+    return text + "\n"
 
 
 def loss(rows: list[Row]) -> str:
@@ -427,6 +445,7 @@ BLOCKS: dict[str, Callable[[list[Row]], str]] = {
     "demo": demo,
     "training": training,
     "reproduction": reproduction,
+    "ablation": ablation,
     "sweep": sweep,
     "against": against,
     "loader": loader,

@@ -380,3 +380,26 @@ def test_reproduced_results_are_means_over_the_seeds_beside_what_is_published(tm
         "| 60.0 ± 0.0 % (25.0 ± 0.0 %) | 40.0 ± 0.0 % (30.0 ± 0.0 %) | 1 % of the labels | 84.8 %, somebody |\n"
         f"\nsmall: `train.py cifar10 --seed 0`\n\n{LINE}`reproduction.csv`\n\n"
     )
+
+
+def test_an_ablation_is_a_line_per_cell_the_best_first(tmp_path):
+    rows = [
+        {
+            "grid": "head",
+            "cell": cell,
+            "seed": seed,
+            "knn": 0.4,
+            "logistic": score + 0.02 * seed,
+            "loss": 1,
+            "seconds": 9,
+        }
+        | {"settings": "cifar10 --epochs 8", "data": "small, 100 images"}
+        for cell, score in (("head=none", 0.41), ("head=linear", 0.43), ("random", 0.2))
+        for seed in (range(2) if cell != "random" else range(1))
+    ]
+    assert rendered("ablation", rows, tmp_path) == (
+        "\n`tools/ablate.py head` on small, 100 images, `cifar10 --epochs 8`:\n\n"
+        "| cell | seeds | logistic | kNN |\n| --- | --- | --- | --- |\n"
+        "| head=linear | 2 | 44.0 ± 1.4 % | 40.0 ± 0.0 % |\n| head=none | 2 | 42.0 ± 1.4 % | 40.0 ± 0.0 % |\n"
+        f"| random | 1 | 20.0 % | 40.0 % |\n\n{LINE}`ablation.csv`, [plot](benchmarks/records/ablation-head.png)\n\n"
+    )
