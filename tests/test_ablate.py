@@ -364,7 +364,10 @@ def test_a_stop_waits_until_the_training_has_saved(programs, data, tmp_path, num
     (programs / "slow").touch()
     words = ["temperature", "--axis", "temperature=0.5", "--seeds", "1", "--epochs", "2", "--out", str(out)]
     words += ["--data", str(data / "train"), "--eval-data", str(data / "test")]
-    code = f"import pathlib; from tools import ablate; ablate.ROOT = pathlib.Path({str(programs)!r}); ablate.app()"
+    code = (
+        "import pathlib, signal; from tools import ablate; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    )
+    code += f"ablate.ROOT = pathlib.Path({str(programs)!r}); ablate.app()"  # in the background SIGINT may be ignored
     process = subprocess.Popen([sys.executable, "-c", code, *words], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     wait_for(programs / "started", process)
     code, said = run(*words)
