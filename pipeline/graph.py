@@ -361,7 +361,7 @@ def two_views(
     )
     def graph() -> tuple[DataNode, ...]:
         encoded, label = _read(reader)
-        inputs = (len(joint) or 4) + len(names[0]) + len(names[1])
+        inputs = (2 * len(configs) if size else len(joint)) + len(names[0]) + len(names[1])
         drawn = iter(fn.external_source(source, num_outputs=inputs, batch=True, batch_info=True))
         image, shape = _image(encoded, reader, gpu=device_id is not None)
         if size:

@@ -605,11 +605,12 @@ def speed(pace: Pace, trial: Trial, dataset: "Dataset", config: "TrainConfig", p
     together, loader, network = (
         digits(processes * each) for each in (pace.together, pace.loader_alone, trial.images_per_s)
     )
-    text = (
-        f"about {span(num * step_s)} an epoch, {span(total * step_s)} for all {total} steps: {together} images/s, "
+    part, whole = (plan.micro_batch * plan.count for plan in (trial.part, trial.setup.plan))
+    text = "at most" if part < whole else "about"
+    text += (
+        f" {span(num * step_s)} an epoch, {span(total * step_s)} for all {total} steps: {together} images/s, "
         f"{loader} the loader alone, {network} the network alone; waits for images {pace.wait:.0%} of the time"
     )
-    part, whole = (plan.micro_batch * plan.count for plan in (trial.part, trial.setup.plan))
     if part < whole:
         text += f"; measured on steps of {part} images instead of {whole}, whose fixed costs weigh more"
     if processes > 1:
