@@ -2,7 +2,8 @@
 
 Samples come from the WebDataset reader, are decoded once, and leave as (n, size, size, 3). All randomness is drawn in
 pipeline/views.py and enters as numbers beside the images, so the graph itself draws nothing; only the reader has a
-state, and DALI checkpoints it. EXIF orientation is ignored, as torchvision, timm and the authors do.
+state, and DALI checkpoints it. On a CPU the graph may stop before colour, which pipeline/colour.py then adds faster.
+EXIF orientation is ignored, as torchvision, timm and the authors do.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +20,8 @@ from pipeline.images import MAX_PIXELS, ppm_header
 from pipeline.views import ATTEMPTS, NOISE_WINDOWS, OPERATIONS, Draws, ViewConfig, check_pair, windows
 
 LABEL_DIGITS = 10  # .cls members hold the label as ASCII digits; they leave the graph padded with zeros to this width
-CROPS = frozenset({"width", "height", "ratio", "share", "offset"})  # what decides the window of a view
+CROPS = frozenset({"width", "height", "ratio", "share", "offset", "mirror"})  # what decides the window of a view
+COLOUR = ("colour", "mean_colour")
 _INTERP = {"linear": types.INTERP_LINEAR, "cubic": types.INTERP_CUBIC}
 
 
@@ -99,8 +101,14 @@ def _windows(shape: DataNode, drawn: dict[str, DataNode], configs: Sequence[View
     Both views go through each node together: at 32 pixels these few numbers cost as much as the pixels, since every
     node costs microseconds per sample.
     """
-    if configs[0].profile == "reference":
-        return _authors_windows(shape, drawn, configs)
+    law = _authors_windows if configs[0].profile == "reference" else _torchvisions_windows
+    start, end = law(shape, drawn, configs)
+    mirror = fn.expand_dims(drawn["mirror"], axes=1) * types.Constant(np.array([[0, 1]], np.float32))
+    return start * (1.0 - mirror) + end * mirror, end * (1.0 - mirror) + start * mirror
+
+
+def _torchvisions_windows(shape: DataNode, drawn: dict[str, DataNode], configs: Sequence[ViewConfig]) -> Any:
+    """RandomResizedCrop: the first candidate that fits, else the largest central window of a legal aspect ratio."""
     width, height, offset = drawn["width"], drawn["height"], drawn["offset"]
     square = shape[0] / shape[1]
     tall = math.sqrt(square)  # candidates are in units of sqrt(H W): the image is 1 / tall wide and tall high
@@ -155,14 +163,14 @@ def _pick(number: DataNode, chosen: DataNode) -> DataNode:
     return fn.reductions.sum(chosen * number, axes=1, keep_dims=True)
 
 
-def _view(image: DataNode, start: DataNode, end: DataNode, draws: Any, config: ViewConfig, half: bool) -> DataNode:
-    """One view, in the order of the authors: crop, colour, grayscale, blur; then what is not in their recipe."""
+def _view(image: DataNode, start: DataNode, end: DataNode, draws: Any, config: ViewConfig) -> DataNode:
+    """The part of a view that moves pixels: crop and flip, turn, and for the fast profile the blur, as uint8 levels."""
     reference = config.profile == "reference"
     view = fn.resize(
         image,
         size=[config.size, config.size],
         roi_start=start,
-        roi_end=end,
+        roi_end=end,  # left of the start where the view is flipped
         roi_relative=True,
         interp_type=_INTERP["cubic" if reference else config.interpolation],
         antialias=not reference,
@@ -170,15 +178,21 @@ def _view(image: DataNode, start: DataNode, end: DataNode, draws: Any, config: V
     )
     if config.rotation_p:
         view = fn.rotate(view, angle=draws.angle, keep_size=True, interp_type=types.INTERP_NN)
-    if config.recolours:
-        view = _recolour_in_steps(view, draws, config) if reference else _recolour(view, draws)
-    if reference:
+    if config.blur_p and not reference:
+        view = _blur(view, draws.sigma, draws.window, config.max_window, "reflect_101")
+    return view
+
+
+def _finished(view: DataNode, draws: Any, config: ViewConfig, half: bool) -> DataNode:
+    """Colour, grayscale and the authors' blur; then what is not in their recipe; then normalised."""
+    if config.profile == "reference":
+        if config.recolours:
+            view = _recolour_in_steps(view, draws, config)
         view = _clip(view)
-    if config.blur_p:
-        if not (reference or config.recolours):
-            view = fn.cast(view, dtype=types.FLOAT)  # as blurred views are
-        border = "constant" if reference else "reflect_101"  # black, as the authors' padding
-        view = _blur(view, draws.sigma, draws.window, config.max_window, border)
+        if config.blur_p:
+            view = _blur(view, draws.sigma, draws.window, config.max_window, "constant")  # black, as their padding
+    elif config.recolours:
+        view = _recolour(view, draws)
     if config.solarize_p:
         view = _solarize(view, draws.threshold)
     if config.sobel_p:
@@ -189,7 +203,7 @@ def _view(image: DataNode, start: DataNode, end: DataNode, draws: Any, config: V
         view = fn.cast(view, dtype=types.FLOAT)  # on whole levels the mean would be cut to one
         fill = [255 * m for m in config.mean]
         view = fn.erase(view, anchor=draws.hole_start, shape=draws.hole_shape, axis_names="HW", fill_value=fill)
-    return _normalise(view, config, half, mirror=draws.mirror)
+    return _normalise(view, config, half)
 
 
 def _beside(view: DataNode, number: DataNode) -> DataNode:
@@ -271,7 +285,7 @@ def _turn_hue(planes: DataNode, turns: DataNode) -> DataNode:
 
 
 def _blur(view: DataNode, sigma: DataNode, window: DataNode, max_window: int, border: str) -> DataNode:
-    """A normalised Gaussian of `window` taps along each axis of a float view; window 1 changes nothing.
+    """A normalised Gaussian of `window` taps along each axis, in the view's own type; window 1 changes nothing.
 
     fn.gaussian_blur does the same, ten times slower on CPUs (9 taps at 224 pixels: 4.7 against 0.5 ms).
     """
@@ -309,10 +323,9 @@ def _noise(view: DataNode, offset: DataNode, size: int) -> DataNode:
     return fn.slice(types.Constant(field, device=view.device), start=offset, shape=[size, size], axes=[0, 1])
 
 
-def _normalise(image: DataNode, config: ViewConfig, half: bool, mirror: DataNode | int = 0) -> DataNode:
+def _normalise(image: DataNode, config: ViewConfig, half: bool) -> DataNode:
     return fn.crop_mirror_normalize(
         image,
-        mirror=mirror,
         mean=[255 * m for m in config.mean],
         std=[255 * s for s in config.std],
         output_layout="HWC",
@@ -330,19 +343,21 @@ def two_views(
     device_id: int | None,
     num_threads: int,
     half: bool = False,
+    levels: bool = False,
     checkpoint: bytes | None = None,
 ) -> Pipeline:
     """Pipeline of (view, view[, label digits]) for each batch; `draw_batch(i)` gives the numbers of its i-th batch.
 
     second is the distribution of the second view, None the first's. device_id None runs everything on the CPU. half
-    makes the views float16 instead of float32. checkpoint restores the state a pipeline built with the same arguments
-    had given by `Pipeline.checkpoint()`.
+    makes the views float16 instead of float32. levels stops before colour, for fast views without further operators:
+    (view, view, A, B, A, B[, label digits]), the views in uint8 levels, A and B what each is to be recoloured by.
+    checkpoint restores the state a pipeline built with the same arguments had given by `Pipeline.checkpoint()`.
     """
     configs = config, second or config
     check_pair(*configs)
     size = reader.raw if config.profile == "fast" else None  # where all images have one, nodes for windows are waste
     joint = [] if size else sorted(config.drawn & CROPS)
-    names = [sorted(c.drawn - CROPS) for c in configs]
+    names = [sorted(c.drawn - CROPS | (set(COLOUR) if levels else set())) for c in configs]
 
     def source(info: types.BatchInfo) -> tuple[Any, ...]:
         both = draw_batch(info.iteration)
@@ -369,11 +384,13 @@ def two_views(
         else:
             start, end = _windows(shape, {name: next(drawn) for name in joint}, configs)
             bounds = [(start[i], end[i]) for i in range(2)]
-        views = []
+        views, colours = [], []
         for i in range(2):
             draws = SimpleNamespace(**{name: next(drawn) for name in names[i]})
-            views.append(_view(image, *bounds[i], draws, configs[i], half))
-        return (*views, label) if label is not None else tuple(views)
+            view = _view(image, *bounds[i], draws, configs[i])
+            views.append(view if levels else _finished(view, draws, configs[i], half))
+            colours += [getattr(draws, name) for name in COLOUR] if levels else []
+        return (*views, *colours, *([label] if label is not None else []))
 
     return graph()
 

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pipeline.colour import finish
 from pipeline.shards import Dataset
 from pipeline.views import Draws, ViewConfig, check_pair, draw
 
@@ -120,8 +121,11 @@ class Loader:
         if self._runs % self._runs_per_epoch == self._used_per_epoch:
             self._skip_to_next_epoch(self._pipe)
         epoch, run = divmod(self._runs, self._runs_per_epoch)
-        (first, second), labels = self._run(self._pipe)
+        (first, second, *colours), labels = self._run(self._pipe)
         views = torch.cat([first, second])
+        if colours:
+            views = finish(views, torch.cat(colours[::2]), torch.cat(colours[1::2]), self.views)
+            views = views.half() if self._half else views
         self.wait_s += time.perf_counter() - start
         return Batch(views.permute(0, 3, 1, 2), labels, epoch, run // self._micro_batches * self._batch_size)
 
@@ -155,8 +159,10 @@ class Loader:
     def _build(self, checkpoint: bytes | None) -> "Pipeline":
         from pipeline.graph import two_views
 
-        if self.device.type == "cpu":
+        on_cpu = self.device.type == "cpu"
+        if on_cpu:
             _keep_freed_memory()
+        views = self.views, self._second_views or self.views
         return two_views(
             self._reader,
             self.views,
@@ -166,6 +172,7 @@ class Loader:
             device_id=self.device.index or 0 if self.device.type == "cuda" else None,
             num_threads=self._num_threads,
             half=self._half,
+            levels=on_cpu and not any(view.profile == "reference" or view.has_extras for view in views),
             checkpoint=checkpoint,
         )
 

@@ -12,7 +12,8 @@ Brightness, contrast about the mean grey of the image, saturation and hue are af
 commutes with the mean m of the image, so they compose to A x + B m with 3x3 matrices that need only the drawn factors.
 In this form the four commute: the paper's random order would change nothing, so none is drawn. What this gives up
 against applying them one by one: values are clipped once at the end instead of after every operation, which is all that
-the order is about, and hue turns in the YIQ plane instead of in HSV.
+the order is about, and hue turns in the YIQ plane instead of in HSV. The blur comes before colour, on whole grey
+levels: the two commute but for clipping and rounding.
 
 "reference": the authors' TensorFlow code. Crops in whole pixels by the law of tf.image.sample_distorted_bounding_box,
 resized cubically without antialiasing; the four colour operations in a random order, clipped after each, contrast about
@@ -319,6 +320,7 @@ def windows(draws: Draws, config: ViewConfig, height: int, width: int) -> tuple[
     """Start and end (n, 2), (y, x) relative to the image, of the fast profile's crops of images of one size.
 
     The first candidate that fits; where none does, the largest central window of a legal aspect ratio, as torchvision.
+    A window that starts at its right end is flipped.
     """
     square = np.float32(height) / np.float32(width)
     tall = np.sqrt(square)  # candidates are in units of sqrt(H W): the image is 1 / tall wide and tall high
@@ -329,7 +331,8 @@ def windows(draws: Draws, config: ViewConfig, height: int, width: int) -> tuple[
     largest = np.minimum(np.array([1 / (low * square), high * square]), 1)
     extent = np.where(missed, largest, np.concatenate(taken, 1))
     start = (1 - extent) * np.where(missed, np.float32(0.5), draws.offset)
-    return start, start + extent
+    turned = draws.mirror[:, None] * np.array([0, 1]) > 0
+    return np.where(turned, start + extent, start), np.where(turned, start, start + extent)
 
 
 def _between(u: NDArray[np.float64], bounds: Any) -> NDArray[np.float64]:

@@ -1,8 +1,8 @@
 """The DALI graphs give the views that NumPy gives from the same numbers, for every kind of image.
 
-The graph rounds to whole grey levels up to three times: after the resize, after colour and after the blur. Against the
-unrounded oracle that leaves half a level each time, the first one multiplied by what colour does to it, so a view may
-be off by (|A| + |B|) / 2 + 1/2 + 1/2 levels, with |.| the largest absolute row sum; `allowed` adds 0.1 for float32.
+The graph rounds to whole grey levels up to three times: after the resize and after either pass of the blur. Against the
+unrounded oracle that leaves half a level each time, multiplied by what colour does to it, so a view may be off by
+3/2 (|A| + |B|) levels, with |.| the largest absolute row sum; `allowed` adds 0.1 for float32.
 """
 
 import colorsys
@@ -10,14 +10,17 @@ import io
 import math
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipeline.colour import finish
 from pipeline.graph import Reader, plain_view, two_views
 from pipeline.shards import Dataset, Sample
 from pipeline.views import ATTEMPTS, OPERATIONS, VIEWS, Draws, ViewConfig, draw, make_views
@@ -58,17 +61,29 @@ def permute(draws: Draws, order: list[int]) -> Draws:
 def views(
     dataset: Dataset, config: ViewConfig, draws: tuple[Draws, Draws], *, half: bool = False
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Both views of all images; row i is the image with label i, drawn as row i of `draws`."""
+    """Both views of all images; row i is the image with label i, drawn as row i of `draws`.
+
+    Where the loader finishes them by torch on CPUs, that gives the same: to a hundredth of a level, and a unit in the
+    last place of float16.
+    """
     probe = plain_view(reader(dataset), VIEWS["cifar"], batch_size=dataset.samples, device_id=None, num_threads=1)
     order = labels(probe.run()[1])
     fed = permute(draws[0], order), permute(draws[1], order)
-    graph = two_views(
-        reader(dataset), config, lambda _: fed, batch_size=dataset.samples, device_id=None, num_threads=2, half=half
-    )
+    asked: dict[str, Any] = {"batch_size": dataset.samples, "device_id": None, "num_threads": 2}
+    graph = two_views(reader(dataset), config, lambda _: fed, half=half, **asked)
     first, second, digits = graph.run()
     assert labels(digits) == order
     back = np.argsort(order)
-    return np.array(first.as_array())[back], np.array(second.as_array())[back]
+    made = np.array(first.as_array())[back], np.array(second.as_array())[back]
+    unchanged = all((view.colour == np.eye(3)).all() for view in draws)  # as drawn where nothing recolours
+    if config.profile == "fast" and not config.has_extras and (config.recolours or unchanged):
+        graph = two_views(reader(dataset), config, lambda _: fed, levels=True, **asked)
+        levels = [torch.from_dlpack(output.as_tensor()) for output in graph.run()[:-1]]
+        for i, view in enumerate(made):
+            finished = finish(levels[i], levels[2 + 2 * i], levels[3 + 2 * i], config)
+            exact = 2**-11 * np.abs(view) if half else 0
+            assert (np.abs(finished.numpy()[back] - view) <= exact + 0.01 / 255 / min(config.std)).all()
+    return made
 
 
 def copies(folder: Path, image: Bytes, config: ViewConfig, *, seed: int, num: int) -> list[NDArray[Any]]:
@@ -112,18 +127,22 @@ def plain(num: int, **changes: Any) -> Draws:
 
 
 def expected(image: Bytes, config: ViewConfig, draws: Draws, i: int) -> NDArray[np.float64]:
-    """View i of `image` in grey levels, never rounded; clipped where the graph clips, after colour."""
+    """View i of `image` in grey levels, never rounded: crop, flip, blur, colour, clipped at the end."""
     height, width, _ = image.shape
     unit = np.sqrt(height * width)
     candidates = [(unit * h, unit * w) for h, w in zip(draws.height[i].astype(float), draws.width[i].astype(float))]  # noqa: B905
     box = oracle.crop(height, width, candidates, draws.offset[i].astype(float), config.crop_ratio)
     view = oracle.resize(image.astype(float), box, (config.size, config.size), config.interpolation)
-    if config.recolours:
-        mean = draws.mean_colour[i].astype(float) @ view.mean((0, 1))
-        view = (view @ draws.colour[i].T.astype(float) + mean).clip(0, 255)
+    view = view[:, ::-1] if draws.mirror[i] else view
     if config.blur_p and draws.window[i] > 1:
         view = oracle.blur(view, float(draws.sigma[i]), int(draws.window[i]))
-    return view[:, ::-1] if draws.mirror[i] else view
+    return recoloured(view, draws, i) if config.recolours else view
+
+
+def recoloured(view: NDArray[np.float64], draws: Draws, i: int) -> NDArray[np.float64]:
+    mean = draws.mean_colour[i].astype(float) @ view.mean((0, 1))
+    coloured: NDArray[np.float64] = (view @ draws.colour[i].T.astype(float) + mean).clip(0, 255)
+    return coloured
 
 
 def expected_reference(image: Bytes, config: ViewConfig, draws: Draws, i: int) -> NDArray[np.float64]:
@@ -132,17 +151,17 @@ def expected_reference(image: Bytes, config: ViewConfig, draws: Draws, i: int) -
     offset = draws.offset[i].astype(float)
     box = oracle.authors_crop(height, width, draws.ratio[i].tolist(), draws.share[i].tolist(), offset)
     view = oracle.resize(image.astype(float), box, (config.size, config.size), "cubic", antialias=False)
+    view = view[:, ::-1] if draws.mirror[i] else view
     view = oracle.authors_colour(view, draws.factors[i], draws.order[i], bool(draws.gray[i]))
     if draws.window[i] > 1:
         view = oracle.blur(view, float(draws.sigma[i]), config.max_window, "constant")
-    return view[:, ::-1] if draws.mirror[i] else view
+    return view
 
 
 def allowed(config: ViewConfig, draws: Draws, i: int) -> float:
-    if not config.recolours:
-        return 0.5 + 0.5 * (config.blur_p > 0) + 0.1
-    gain = np.abs(draws.colour[i]).sum(1).max() + np.abs(draws.mean_colour[i]).sum(1).max()
-    return float(gain / 2 + 0.5 + 0.5 * (config.blur_p > 0) + 0.1)
+    rounded = 0.5 * (1 + 2 * (config.blur_p > 0))
+    gain = np.abs(draws.colour[i]).sum(1).max() + np.abs(draws.mean_colour[i]).sum(1).max() if config.recolours else 1
+    return float(gain * rounded + 0.1)
 
 
 def ramp(height: int, width: int) -> Bytes:
@@ -174,7 +193,7 @@ def extremes() -> list[Bytes]:
 @pytest.mark.parametrize("preset", ["imagenet", "cifar", "stl10"])
 @pytest.mark.parametrize("images", [photos, extremes])
 def test_views_equal_the_oracle(tmp_path: Path, preset: str, images: Any) -> None:
-    """Crop, colour, blur, flip as drawn for 4 x 6 images, both views; every pixel within `allowed`.
+    """Crop, flip, blur, colour as drawn for 4 x 6 images, both views; every pixel within `allowed`.
 
     Each of the operations is used and left out at least once, so none can be skipped or swapped unseen.
     """
@@ -192,7 +211,7 @@ def test_views_equal_the_oracle(tmp_path: Path, preset: str, images: Any) -> Non
 
 @pytest.mark.parametrize(("preset", "images"), [("stl10", photos), ("cifar", extremes)])
 def test_reference_views_equal_the_authors_operations_one_by_one(tmp_path: Path, preset: str, images: Any) -> None:
-    """Crop in whole pixels, the operations in the order drawn, clipped after each, blur over black, flip.
+    """Crop in whole pixels, flip, the operations in the order drawn, clipped after each, blur over black.
 
     Nothing is rounded to levels. DALI reads the cubic kernel from a table and is up to 0.25 levels off before colour,
     of which brightness and contrast make at most 1.8 * 1.8 times as much: 0.8 levels at worst, and 0.01 on average.
@@ -343,7 +362,7 @@ def test_contrast_turns_about_the_mean_of_the_crop_and_not_of_the_image(tmp_path
 
 @pytest.mark.parametrize(("sigma", "window"), [(0.1, 3), (0.7, 7), (1.3, 9), (2.0, 13), (2.0, 3), (1.9, 23)])
 def test_the_blur_of_an_impulse_is_the_gaussian_with_its_window(tmp_path: Path, sigma: float, window: int) -> None:
-    """A white pixel on black, far from and at the border: 255 times the taps' product, to rounding; nothing beyond.
+    """A white pixel on black, far from and at the border: 255 times the taps' product, to two roundings.
 
     A white line gives sigma back: within 3 %, since cutting at 3 sigma takes 1.4 % of it and rounding some more.
     """
@@ -353,7 +372,7 @@ def test_the_blur_of_an_impulse_is_the_gaussian_with_its_window(tmp_path: Path, 
     config = make_views("imagenet", {**LEVELS, "size": 64, "blur_kernel": 0.4})
     draws = plain(1, sigma=[sigma], window=[window])
     got = views(shard(tmp_path, [encode(image)]), config, (draws, plain(1)))
-    assert np.abs(got[0][0] - oracle.blur(image.astype(float), sigma, window)).max() <= 0.51
+    assert np.abs(got[0][0] - oracle.blur(image.astype(float), sigma, window)).max() <= 1.01
     np.testing.assert_array_equal(got[1][0], image)  # window 1 beside it
     if sigma > 0.5 and window >= 6 * sigma:
         line = got[0][0, 30, :, 2]
@@ -361,27 +380,37 @@ def test_the_blur_of_an_impulse_is_the_gaussian_with_its_window(tmp_path: Path, 
         assert abs(measured / sigma - 1) < 0.03
 
 
-def test_the_flip_is_exact_and_comes_after_the_blur_and_before_nothing(tmp_path: Path) -> None:
-    """The mirrored view is the other one reversed left to right, bit by bit, with everything else drawn alike."""
-    config = make_views("imagenet", {"size": 64})
+@pytest.mark.parametrize("profile", ["fast", "reference"])
+def test_the_flip_is_exact_whatever_else_is_done(tmp_path: Path, profile: str) -> None:
+    """The mirrored view is the other one reversed left to right, with everything else drawn alike.
+
+    But for the order in which sums are taken, which may round one value in a thousand to another level.
+    """
+    config = make_views("imagenet", {**LEVELS, "profile": profile, "size": 64})
     drawn = draw(config, seed=6, epoch=0, position=0, n=6)[0]
     flipped, straight = (Draws(**{**vars(drawn), "mirror": np.full(6, value, np.int32)}) for value in (1, 0))
     first, second = views(shard(tmp_path, [encode(image) for image in photos()]), config, (flipped, straight))
-    np.testing.assert_array_equal(first, second[:, :, ::-1])
-    assert not np.array_equal(first, second)
+    off = np.abs(first - second[:, :, ::-1])
+    assert np.quantile(off, 0.999) < 1e-3
+    assert off.max() <= max(allowed(config, drawn, i) for i in range(6))
+    assert np.abs(first - second).max() > 50
 
 
-def test_colour_comes_before_the_blur(tmp_path: Path) -> None:
-    """Gain 4 clips a white pixel on dark grey before it is spread: the sum differs from the other order by far."""
+@pytest.mark.parametrize("profile", ["fast", "reference"])
+def test_the_blur_comes_before_colour_and_in_the_authors_profile_after_it(tmp_path: Path, profile: str) -> None:
+    """Gain 4 clips a white pixel on dark grey, before or after it is spread: the two differ by far."""
     image = np.full((32, 32, 3), 20, np.uint8)
     image[16, 16] = 255
-    config = make_views("imagenet", {**LEVELS, "size": 32, "blur_kernel": 0.5})
-    draws = plain(1, colour=4 * np.eye(3)[None], sigma=[1.0], window=[7])
+    config = make_views("imagenet", {**LEVELS, "profile": profile, "size": 32, "blur_kernel": 0.25})
+    gain = {"colour": 4 * np.eye(3)[None], "order": [[0, 4, 4, 4]], "factors": [[4, 1, 1, 0]]}
+    draws = plain(1, **gain, sigma=[1.0], window=[7])
     got = views(shard(tmp_path, [encode(image)]), config, (draws, draws))[0][0]
-    clipped = oracle.blur((4 * image.astype(float)).clip(0, 255), 1.0, 7)
-    swapped = (4 * oracle.blur(image.astype(float), 1.0, 7)).clip(0, 255)
-    assert np.abs(got - clipped).max() <= 0.51
-    assert np.abs(swapped - clipped).max() > 50
+    border = "constant" if profile == "reference" else "reflect"
+    coloured_first = oracle.blur((4 * image.astype(float)).clip(0, 255), 1.0, 7, border)
+    blurred_first = (4 * oracle.blur(image.astype(float), 1.0, 7)).clip(0, 255)
+    want, other = (coloured_first, blurred_first) if profile == "reference" else (blurred_first, coloured_first)
+    assert np.abs(got - want).max() <= 0.51 * (1 if profile == "reference" else 8)  # two roundings, four times
+    assert np.abs(got - other).max() > 50
 
 
 def test_normalisation_is_per_channel_in_float32(tmp_path: Path) -> None:
@@ -412,7 +441,7 @@ def test_options_that_are_off_leave_their_operation_out(tmp_path: Path) -> None:
     off = {**LEVELS, "size": 32, "jitter_p": 0.0, "grayscale_p": 0.0, "blur_kernel": 0.5}
     np.testing.assert_array_equal(views(data, make_views("cifar", off), (loud, loud))[0][0], image)
     only_blur = views(data, make_views("imagenet", off), (loud, loud))[0][0]
-    assert np.abs(only_blur - oracle.blur(image.astype(float), 2.0, 13)).max() <= 0.51
+    assert np.abs(only_blur - oracle.blur(image.astype(float), 2.0, 13)).max() <= 1.01
     only_colour = views(data, make_views("imagenet", {**LEVELS, "size": 32, "blur_p": 0.0}), (loud, loud))[0][0]
     assert (only_colour == 0).all()
 
@@ -497,7 +526,9 @@ def test_cutout_sets_the_drawn_square_to_the_mean_and_leaves_the_rest(tmp_path: 
 
 @pytest.mark.parametrize("profile", ["fast", "reference"])
 def test_all_operators_together_come_in_the_documented_order(tmp_path: Path, profile: str) -> None:
-    """Crop, rotation, colour, blur, solarize, Sobel, noise, cutout, flip: each applied by NumPy to what the last gave.
+    """Crop, flip, rotation, then blur and colour or, of the authors, colour and blur; solarize, Sobel, noise, cutout.
+
+    Each is applied by NumPy to what the last gave.
 
     Solarizing jumps at its threshold, so what is within a level of it before may come out on the other side, and the
     gradient spreads that to its neighbours; everywhere else within 8 times what a view may be off (4 from the gradient
@@ -511,11 +542,15 @@ def test_all_operators_together_come_in_the_documented_order(tmp_path: Path, pro
     drawn = draw(config, seed=5, epoch=0, position=0, n=2)
     for draws, got in zip(drawn, views(data, config, drawn), strict=True):
         for i, image in enumerate(pictures):
-            bare = Draws(**{**vars(draws), "mirror": 0 * draws.mirror, "window": 0 * draws.window + 1})
-            want = (expected if profile == "fast" else expected_reference)(image, config, bare, i)
+            bare = Draws(**{**vars(draws), "window": 0 * draws.window + 1})
+            if profile == "fast":
+                want = expected(image, replace(config, jitter_p=0.0, grayscale_p=0.0), bare, i)
+            else:
+                want = expected_reference(image, config, bare, i)
             want = np.rot90(want, int(draws.angle[i]) // 90)
             border = "reflect" if profile == "fast" else "constant"
             want = oracle.blur(want, float(draws.sigma[i]), int(draws.window[i]), border)
+            want = recoloured(want, draws, i) if profile == "fast" else want
             near = np.abs(want - 128).min(2) < 3
             near |= np.any([np.roll(near, shift, axis) for shift in (-1, 1) for axis in (0, 1)], 0)
             near |= np.any([np.roll(near, shift, axis) for shift in (-1, 1) for axis in (0, 1)], 0)
@@ -524,8 +559,7 @@ def test_all_operators_together_come_in_the_documented_order(tmp_path: Path, pro
             want = (want + draws.noise[i] * field[y : y + 96, x : x + 96]).clip(0, 255)
             (top, left), (height, width) = draws.hole_start[i].astype(int), draws.hole_shape[i].astype(int)
             want[top : top + height, left : left + width] = 0  # LEVELS has mean 0
-            off = np.abs(got[i] - (want[:, ::-1] if draws.mirror[i] else want)).max(2)
-            off = off[~(near[:, ::-1] if draws.mirror[i] else near)]
+            off = np.abs(got[i] - want).max(2)[~near]
             assert off.size > 96 * 96 / 4
             assert off.max() <= 8 * (allowed(config, draws, i) if profile == "fast" else 0.8)
 
