@@ -195,8 +195,9 @@ def hand_over(task: Task) -> Batches:
     """Only the end of the pipeline: bytes in memory are normalised and put into one tensor."""
     from nvidia.dali import fn, pipeline_def
 
-    from pipeline import colour, graph
+    from pipeline import colour, graph, loader
 
+    loader._keep_freed_memory()  # as where it is a part of the pipeline
     n, size, gpu = task.batch_size, task.views.size, task.device == "cuda"
     pixels = np.random.default_rng(0).integers(0, 256, (n, size, size, 3), np.uint8)
     levels, same, none = torch.from_numpy(pixels), torch.eye(3).expand(2 * n, 3, 3), torch.zeros(2 * n, 3, 3)

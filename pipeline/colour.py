@@ -12,6 +12,7 @@ from torch import Tensor
 from pipeline.views import ViewConfig
 
 _PIXELS = 16  # a vector of so many pixels' channels is what the per-channel numbers are repeated to
+_VIEWS = 64  # at a time: what stands between levels and views stays small
 
 
 def finish(levels: Tensor, colour: Tensor, mean_colour: Tensor, config: ViewConfig) -> Tensor:
@@ -20,13 +21,15 @@ def finish(levels: Tensor, colour: Tensor, mean_colour: Tensor, config: ViewConf
     levels (n, S, S, 3) uint8; A `colour` and B `mean_colour` (n, 3, 3) as in `pipeline.views.Draws`; m the mean of each
     view.
     """
-    n, size = levels.shape[:2]
-    pixels = math.gcd(_PIXELS, size * size)
-    x = levels.float()
     mean, std = 255 * torch.tensor(config.mean), 255 * torch.tensor(config.std)
-    sums = x.view(n, -1, 3 * pixels).sum(1).view(n, pixels, 3).sum(1)
-    shift = (torch.bmm(mean_colour, sums[:, :, None] / size**2)[:, :, 0] - mean) / std
-    views = torch.bmm(x.view(n, -1, 3), (colour / std[:, None]).mT)
+    area = levels.shape[1] * levels.shape[2]
+    pixels = math.gcd(_PIXELS, area)
     low, high = (bound.repeat(pixels) for bound in (-mean / std, (255 - mean) / std))
-    views.view(n, -1, 3 * pixels).add_(shift.repeat(1, pixels)[:, None]).clamp_(low, high)
-    return views.view(levels.shape)
+    views = torch.empty(levels.shape)
+    for x, A, B, view in zip(*(every.split(_VIEWS) for every in (levels, colour, mean_colour, views)), strict=True):
+        x, n = x.float(), len(x)
+        sums = x.view(n, -1, 3 * pixels).sum(1).view(n, pixels, 3).sum(1)
+        shift = (torch.bmm(B, sums[:, :, None] / area)[:, :, 0] - mean) / std
+        torch.bmm(x.view(n, area, 3), (A / std[:, None]).mT, out=view.view(n, area, 3))
+        view.view(n, -1, 3 * pixels).add_(shift.repeat(1, pixels)[:, None]).clamp_(low, high)
+    return views
