@@ -410,7 +410,7 @@ def against(rows: list[Row]) -> str:
         lines = []
         for row in part:
             ratio, low, high = (f"{float(row[name]):.2f}" for name in ("ratio_to_ours", "ratio_p20", "ratio_p80"))
-            ratio = f"{ratio} x ({low} to {high})"
+            ratio = f"{ratio} x ({low} to {high}{', noisy' if row['status'] == 'noisy' else ''})"
             values = [number(row["images_per_s"]), ratio, number(row["peak_host_mib"])]
             lines.append([row["batch_size"], row["what"], *values])
         text += f"\n{kind(part[0])}; the same model and images through other loaders and losses; the median "

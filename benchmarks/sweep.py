@@ -59,8 +59,10 @@ from train import RECIPES, Setup, TrainConfig, build_accelerator, build_training
 
 BATCH_SIZES = (256, 512, 1024, 2048, 4096, 8192)
 ENOUGH = 0.97  # together / synthetic from which on the model limits
-NOISE = 0.06  # of together / synthetic, from p20 to p80 of the rounds: from there on a verdict must be clear
-FEWEST, MOST = 3, 15  # rounds
+NOISE = 0.03  # together / synthetic known no better than so: then a verdict must be clear
+RIVALS_NOISE = 0.1  # of a rival's ratio to ours, known no better than this share of it
+FEWEST, MOST = 3, 40  # rounds
+RIVALS_ROUNDS = 5
 TURN_MS = 1000.0  # of each of the three in a round, at least
 QUEUED = 4  # micro-batches, at least as many as the loader holds ready
 WASTE = 0.01  # of an epoch may be read and dropped at its end
@@ -107,7 +109,7 @@ def main(
     depth: Annotated[int | None, typer.Option(help="of the ResNet, other than the preset's")] = None,
     width: Annotated[float | None, typer.Option(help="of the ResNet, other than the preset's")] = None,
     size: Annotated[int | None, typer.Option(help="pixels of a view, other than the preset's")] = None,
-    budget: Annotated[float, typer.Option(help="seconds of measuring per batch size, three rounds at least")] = 30.0,
+    budget: Annotated[float, typer.Option(help="seconds of measuring per batch size, three rounds at least")] = 45.0,
     against: Annotated[str, typer.Option(help=f"also train with these: {','.join(CONTESTANTS)}")] = "",
     images: Annotated[Path | None, typer.Option(help="the same images in class folders, for --against")] = None,
     check: Annotated[Path | None, typer.Option(help="sweep.csv or against.csv to hold this run to")] = None,
@@ -194,16 +196,20 @@ def verdict(ratio: float, stage_ms: Mapping[str, float]) -> str:
     return "the model limits" if ratio >= ENOUGH else f"the loader limits: {max(stage_ms, key=stage_ms.__getitem__)}"
 
 
-def noisy(ratio: float, p20: float, p80: float) -> bool:
+def uncertainty(rounds: Sequence[float]) -> float:
+    """Two standard errors of the median of normal values."""
+    return 2 * math.sqrt(math.pi / 2) * statistics.stdev(rounds) / math.sqrt(len(rounds))
+
+
+def noisy(ratio: float, unknown: float) -> bool:
     """Whether the rounds allow no verdict, as where other programs run: then a loader even seems to speed training up.
 
-    They differ by more than NOISE and are no farther below ENOUGH than that, or the ratio is above 1 by more than that.
+    The ratio is not known to NOISE, and may be ENOUGH; or it is above 1 by more than is unknown.
 
-    >>> noisy(0.98, 0.97, 0.99), noisy(0.98, 0.93, 1.02), noisy(0.3, 0.2, 0.4), noisy(1.2, 1.19, 1.21)
+    >>> noisy(0.98, 0.02), noisy(0.98, 0.05), noisy(0.3, 0.1), noisy(1.2, 0.01)
     (False, True, False, True)
     """
-    spread = p80 - p20
-    return (spread > NOISE and p80 > ENOUGH - spread) or ratio - 1 > max(spread, 1 - ENOUGH)
+    return (unknown > NOISE and ratio + unknown > ENOUGH) or ratio - 1 > max(unknown, 1 - ENOUGH)
 
 
 def stage_costs(config: TrainConfig, seconds: float) -> dict[str, float]:
@@ -291,17 +297,18 @@ def measure(config: TrainConfig, budget: float) -> dict[str, Any]:
         if cuda:
             device_mib += (torch.cuda.max_memory_allocated() - torch.cuda.memory_reserved()) / 2**20
         own_loader = torch.tensor([statistics.median(rates["loader"])], device=device)
-        ratios = timing([a / b for a, b in zip(rates["together"], rates["synthetic"], strict=True)])
+        ratios = [a / b for a, b in zip(rates["together"], rates["synthetic"], strict=True)]
+        ratio = timing(ratios)
         p95 = sorted(step_times)[math.ceil(0.95 * len(step_times)) - 1]
         means = [statistics.mean(column) for column in zip(*readings, strict=True)] if readings else [None, None]
         values = (
             *(plan.micro_batch, rounds, float(accelerator.gather(own_loader).sum())),
             *(statistics.median(rates["synthetic"]), statistics.median(rates["together"])),
-            *(ratios.median, ratios.p20, ratios.p80),
+            *(ratio.median, ratio.p20, ratio.p80),
             *(100 * 1e3 * waited / sum(step_times), statistics.median(step_times), p95),
             *(largest(device_mib) if cuda else None, largest(peak_host_mib()), *means),
         )
-        return dict(zip(FOUND, values, strict=True))
+        return dict(zip(FOUND, values, strict=True)) | {"unknown": uncertainty(ratios)}
 
 
 @contextlib.contextmanager
@@ -387,7 +394,7 @@ class Sweep:
         if status == "ok":
             if self.ranks.world_size > 1:
                 efficiency = self.efficiency(config, found["together_images_per_s"])
-            if noisy(found["ratio"], found["ratio_p20"], found["ratio_p80"]):
+            if noisy(found["ratio"], found["unknown"]):
                 status = "noisy"
             elif self.ranks.rank == 0:
                 if found["ratio"] < ENOUGH and not self.stage_ms:
@@ -421,7 +428,10 @@ class Sweep:
         return rounded(100 * together / (world_size * found["together_images_per_s"])) if status == "ok" else ""
 
     def against(self, row: dict[str, Any], rivals: Sequence[str], images: Path | None) -> list[dict[str, Any]]:
-        """Training with others' loaders and losses at the batch of a row, all in turn."""
+        """Training with others' loaders and losses at the batch of a row, all in turn.
+
+        A turn takes a batch of every worker, for they finish theirs together.
+        """
         if not row["micro_batch"]:
             return []
         cores = share_of_cores()
@@ -440,20 +450,24 @@ class Sweep:
             turns = {}
             for name in (OURS, *rivals):
                 batches = partial(trained, name=name, config=config)
-                turns[name] = stack.enter_context(standing_still(name, task, batches, multiple=1, cores=cores))
-                turns[name](0.0)  # warm-up
-            for _ in range(3):
-                rounds.append({name: turn(self.budget / (3 * len(turns))) for name, turn in turns.items()})
+                steps = math.ceil(task.threads * config.micro_batch / config.batch_size)
+                turns[name] = stack.enter_context(standing_still(name, task, batches, multiple=steps, cores=cores))
+            for _ in range(1 + RIVALS_ROUNDS):  # in the first, queues fill
+                seconds = self.budget / (RIVALS_ROUNDS * len(turns))
+                rounds.append({name: turn(seconds) for name, turn in turns.items()})
+            rounds = rounds[1:]
         rows = []
         for name in turns:
             rate = statistics.median(each[name].images / each[name].wall_s for each in rounds)
             pairs = [(each[name], each[OURS]) for each in rounds]
-            ratio = timing([a.images / a.wall_s / (b.images / b.wall_s) for a, b in pairs])
+            ratios = [a.images / a.wall_s / (b.images / b.wall_s) for a, b in pairs]
+            ratio = timing(ratios)
             rows.append(
                 {
                     **self.kind(config),
                     **{"what": name, "rounds": len(rounds), "images_per_s": rounded(rate)},
                     "ratio_to_ours": rounded(ratio.median),
+                    "status": "noisy" if uncertainty(ratios) > RIVALS_NOISE * ratio.median else "ok",
                     **{"ratio_p20": rounded(ratio.p20), "ratio_p80": rounded(ratio.p80)},
                     "peak_host_mib": rounded(max(each[name].peak_host_mib for each in rounds)),
                     **self.facts,
@@ -526,7 +540,7 @@ def print_against(rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         between = f"{row['ratio_p20']} to {row['ratio_p80']}"
         speed = f"{row['images_per_s']:>9} {row['ratio_to_ours']:>9} {between:>16}"
-        print(f"{row['what']:22} {speed} {row['peak_host_mib']:>9}")
+        print(f"{row['what']:22} {speed} {row['peak_host_mib']:>9} {row['status']}")
 
 
 # ------------------------------------------------------------------------------------------------------------- check

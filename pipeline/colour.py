@@ -11,8 +11,8 @@ from torch import Tensor
 
 from pipeline.views import ViewConfig
 
-_PIXELS = 16  # a vector of so many pixels' channels is what the per-channel numbers are repeated to
-_VIEWS = 64  # at a time: what stands between levels and views stays small
+_VECTOR = 16  # pixels to whose channels the numbers per channel are repeated
+_AT_ONCE = 2**22  # pixels: what stands between levels and views stays small, and small views are not many small tasks
 
 
 def finish(levels: Tensor, colour: Tensor, mean_colour: Tensor, config: ViewConfig) -> Tensor:
@@ -23,10 +23,11 @@ def finish(levels: Tensor, colour: Tensor, mean_colour: Tensor, config: ViewConf
     """
     mean, std = 255 * torch.tensor(config.mean), 255 * torch.tensor(config.std)
     area = levels.shape[1] * levels.shape[2]
-    pixels = math.gcd(_PIXELS, area)
+    pixels = math.gcd(_VECTOR, area)
     low, high = (bound.repeat(pixels) for bound in (-mean / std, (255 - mean) / std))
     views = torch.empty(levels.shape)
-    for x, A, B, view in zip(*(every.split(_VIEWS) for every in (levels, colour, mean_colour, views)), strict=True):
+    parts = (every.split(max(1, _AT_ONCE // area)) for every in (levels, colour, mean_colour, views))
+    for x, A, B, view in zip(*parts, strict=True):
         x, n = x.float(), len(x)
         sums = x.view(n, -1, 3 * pixels).sum(1).view(n, pixels, 3).sum(1)
         shift = (torch.bmm(B, sums[:, :, None] / area)[:, :, 0] - mean) / std

@@ -20,6 +20,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -176,7 +177,7 @@ class Loader:
             checkpoint=checkpoint,
         )
 
-    @property
+    @cached_property  # it names every shard, and ImageNet has more than a thousand
     def _reader(self) -> "Reader":
         reader = _reader(self.dataset, self.rank, self.world_size, self._shuffle, self._seed)
         return replace(reader, hw_decoder_load=self._hw_decoder_load)
