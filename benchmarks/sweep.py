@@ -73,7 +73,7 @@ OURS = "ours"
 CPU = replace(
     RECIPES["demo"],
     views=make_views(VIEWS["cifar"], {"size": 32}),
-    width=0.75,
+    width=1.0,
     micro_batch=256,
     num_threads=1,
     cpu_threads=max(1, share_of_cores() - 1),
@@ -109,7 +109,7 @@ def main(
     depth: Annotated[int | None, typer.Option(help="of the ResNet, other than the preset's")] = None,
     width: Annotated[float | None, typer.Option(help="of the ResNet, other than the preset's")] = None,
     size: Annotated[int | None, typer.Option(help="pixels of a view, other than the preset's")] = None,
-    budget: Annotated[float, typer.Option(help="seconds of measuring per batch size, three rounds at least")] = 45.0,
+    budget: Annotated[float, typer.Option(help="seconds of measuring per batch size, three rounds at least")] = 30.0,
     against: Annotated[str, typer.Option(help=f"also train with these: {','.join(CONTESTANTS)}")] = "",
     images: Annotated[Path | None, typer.Option(help="the same images in class folders, for --against")] = None,
     check: Annotated[Path | None, typer.Option(help="sweep.csv or against.csv to hold this run to")] = None,
