@@ -40,7 +40,17 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.measure import RECORDS, Timing, append, cpu_seconds, environment, held_mib, peak_host_mib, timing
+from benchmarks.measure import (
+    RECORDS,
+    Timing,
+    append,
+    cpu_seconds,
+    die_with_parent,
+    environment,
+    held_mib,
+    peak_host_mib,
+    timing,
+)
 from pipeline.loader import SHUFFLE, build_loader
 from pipeline.shards import Dataset, read_dataset
 from pipeline.views import ViewConfig, make_views, parse_changes
@@ -205,12 +215,12 @@ def hand_over(task: Task) -> Batches:
     @pipeline_def(batch_size=n, num_threads=task.threads, device_id=task.device_id)
     def build() -> Any:
         images = fn.external_source(lambda: (pixels, pixels), num_outputs=2, batch=True, no_copy=True)
-        return tuple(graph._normalise(image.gpu(), task.views, False) for image in images)
+        return tuple(graph._normalise(image.gpu() if gpu else image, task.views, False) for image in images)
 
-    pipe = build() if gpu else None
+    pipe = build() if gpu or not task.views.ends_in_colour else None
     while True:
         if pipe:
-            images = pipe.run(torch.cuda.current_stream())
+            images = pipe.run(torch.cuda.current_stream() if gpu else None)
             views = torch.cat([torch.from_dlpack(image.as_tensor()) for image in images])
         else:
             views = colour.finish(torch.cat([levels, levels]), same, none, task.views)
@@ -522,6 +532,7 @@ def standing_still(
 
 
 def _serve(make: Callable[[Task], Batches], task: Task, link: Connection, multiple: int, cores: int) -> None:
+    die_with_parent()
     os.setpgid(0, 0)
     if task.device == "cpu":
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])

@@ -9,6 +9,7 @@ peak_host_mib() -> float                    most that this process and its worke
 gpu_watch() -> [Reading]                    utilisation and power while its block ran, as the driver tells
 cpu_seconds() -> float                      processor time of this process and of its workers, so far
 append(record, rows)                        rows are added to a CSV, never edited
+die_with_parent()                           no process of a benchmark that was killed goes on using the machine
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import multiprocessing
 import os
 import platform
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -36,6 +38,7 @@ from typing import Any
 import torch
 
 RECORDS = Path(__file__).parent / "records"
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -205,6 +208,12 @@ def cpu_seconds() -> float:
     workers = (worker.pid for worker in multiprocessing.active_children())
     clocks = (~pid << 3 | 2 for pid in workers if pid)  # what clock_getcpuclockid(3) returns, which Python lacks
     return time.process_time() + sum(map(time.clock_gettime, clocks))
+
+
+def die_with_parent() -> None:
+    """Linux ends this process when its parent ends, however that does, and even while this one is stopped."""
+    with contextlib.suppress(AttributeError):  # not Linux
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def append(record: Path | str, rows: Sequence[Mapping[str, object]]) -> None:

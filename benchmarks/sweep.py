@@ -48,7 +48,17 @@ import typer
 from torch import Tensor
 
 from benchmarks.loader import PEERS, Batches, Task, interleaved, stages, standing_still
-from benchmarks.measure import RECORDS, Marks, append, environment, gpu_watch, held_mib, peak_host_mib, timing
+from benchmarks.measure import (
+    RECORDS,
+    Marks,
+    append,
+    die_with_parent,
+    environment,
+    gpu_watch,
+    held_mib,
+    peak_host_mib,
+    timing,
+)
 from model.nt_xent import nt_xent
 from pipeline.demo import write_demo
 from pipeline.loader import build_loader
@@ -747,6 +757,7 @@ def in_child(work: Callable[..., dict[str, Any]], *arguments: Any) -> tuple[str,
 
 
 def _answer(link: Connection, work: Callable[..., dict[str, Any]], arguments: tuple[Any, ...]) -> None:
+    die_with_parent()
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
     try:

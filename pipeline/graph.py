@@ -349,12 +349,14 @@ def two_views(
     """Pipeline of (view, view[, label digits]) for each batch; `draw_batch(i)` gives the numbers of its i-th batch.
 
     second is the distribution of the second view, None the first's. device_id None runs everything on the CPU. half
-    makes the views float16 instead of float32. levels stops before colour, for fast views without further operators:
-    (view, view, A, B, A, B[, label digits]), the views in uint8 levels, A and B what each is to be recoloured by.
-    checkpoint restores the state a pipeline built with the same arguments had given by `Pipeline.checkpoint()`.
+    makes the views float16 instead of float32. levels stops before colour, for views that end in it: (view, view, A, B,
+    A, B[, label digits]), the views in uint8 levels, A and B what each is to be recoloured by. checkpoint restores the
+    state a pipeline built with the same arguments had given by `Pipeline.checkpoint()`.
     """
     configs = config, second or config
     check_pair(*configs)
+    if levels and not all(c.ends_in_colour for c in configs):
+        raise ValueError("levels: these views do not end in colour")
     size = reader.raw if config.profile == "fast" else None  # where all images have one, nodes for windows are waste
     joint = [] if size else sorted(config.drawn & CROPS)
     names = [sorted(c.drawn - CROPS | (set(COLOUR) if levels else set())) for c in configs]

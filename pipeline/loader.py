@@ -173,7 +173,7 @@ class Loader:
             device_id=self.device.index or 0 if self.device.type == "cuda" else None,
             num_threads=self._num_threads,
             half=self._half,
-            levels=on_cpu and not any(view.profile == "reference" or view.has_extras for view in views),
+            levels=on_cpu and all(view.ends_in_colour for view in views),
             checkpoint=checkpoint,
         )
 

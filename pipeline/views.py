@@ -117,6 +117,11 @@ class ViewConfig:
         return max(self.rotation_p, self.solarize_p, self.sobel_p, self.noise_p, self.cutout_p) > 0
 
     @property
+    def ends_in_colour(self) -> bool:
+        """Whether nothing follows the blur but one affine map of colour and the normalisation."""
+        return self.profile == "fast" and not self.has_extras
+
+    @property
     def drawn(self) -> frozenset[str]:
         """The fields of `Draws` that a view needs; the others change nothing."""
         used = {"offset", "mirror"} | ({"width", "height"} if self.profile == "fast" else {"ratio", "share"})

@@ -5,6 +5,8 @@ import io
 import itertools
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -336,6 +338,43 @@ def test_what_does_not_fit_the_plan_is_out_of_memory() -> None:
     assert failure(ValueError(text)) == "out of memory"
     assert failure(torch.OutOfMemoryError("CUDA ran out")) == "out of memory"
     assert failure(ValueError("another\nreason")) == "failed: ValueError: another reason"
+
+
+KILLED = """
+import os, pathlib, time
+from benchmarks.sweep import in_child
+def work(file):
+    pathlib.Path(file).write_text(str(os.getpid()))
+    time.sleep(120)
+if __name__ == "__main__":
+    in_child(work, {file!r})
+"""
+
+
+def test_nothing_goes_on_where_the_sweep_was_killed(tmp_path: Path) -> None:
+    """SIGKILL to the sweep alone; its measuring process is gone, though it had two minutes of work."""
+    told, script = tmp_path / "pid", tmp_path / "killed.py"
+    script.write_text(KILLED.format(file=str(told)))
+    environment = {**os.environ, "PYTHONPATH": str(Path(sweep.__file__).parents[1])}
+    with subprocess.Popen([sys.executable, str(script)], env=environment) as parent:
+        wait_for(lambda: told.exists() and told.read_text())
+        parent.kill()
+    wait_for(lambda: not is_running(int(told.read_text())))
+
+
+def wait_for(happened: Any, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def is_running(process: int) -> bool:
+    """Neither gone nor a zombie that its new parent has not asked after."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 # ------------------------------------------------------------------------------------------- check, profile, readings

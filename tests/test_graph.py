@@ -76,7 +76,7 @@ def views(
     back = np.argsort(order)
     made = np.array(first.as_array())[back], np.array(second.as_array())[back]
     unchanged = all((view.colour == np.eye(3)).all() for view in draws)  # as drawn where nothing recolours
-    if config.profile == "fast" and not config.has_extras and (config.recolours or unchanged):
+    if config.ends_in_colour and (config.recolours or unchanged):
         graph = two_views(reader(dataset), config, lambda _: fed, levels=True, **asked)
         levels = [torch.from_dlpack(output.as_tensor()) for output in graph.run()[:-1]]
         for i, view in enumerate(made):
@@ -431,6 +431,14 @@ def test_half_views_are_the_float_views_rounded_to_half(tmp_path: Path) -> None:
     for full, half in zip(views(data, config, drawn), views(data, config, drawn, half=True), strict=True):
         assert (full.dtype, half.dtype) == (np.float32, np.float16)
         np.testing.assert_allclose(half.astype(np.float32), full, rtol=2**-11, atol=2**-24)
+
+
+@pytest.mark.parametrize("changes", [{"profile": "reference"}, {"cutout_p": 0.5}])
+def test_levels_of_views_that_do_not_end_in_colour_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    data, config = shard(tmp_path, [encode(noise(8, 8))]), make_views("cifar", changes)
+    asked: dict[str, Any] = {"batch_size": 1, "device_id": None, "num_threads": 1, "levels": True}
+    with pytest.raises(ValueError, match="do not end in colour"):
+        two_views(reader(data), config, lambda _: (plain(1), plain(1)), **asked)
 
 
 def test_options_that_are_off_leave_their_operation_out(tmp_path: Path) -> None:
