@@ -8,6 +8,7 @@ held_mib() -> float                         memory in use now: of the GPU where 
 peak_host_mib() -> float                    most that this process and its workers have been resident with, so far
 gpu_watch() -> [Reading]                    utilisation and power while its block ran, as the driver tells
 cpu_seconds() -> float                      processor time of this process and of its workers, so far
+stolen_s() -> float                         processor time that a virtual machine did not get, so far
 append(record, rows)                        rows are added to a CSV, never edited
 die_with_parent()                           no process of a benchmark that was killed goes on using the machine
 """
@@ -208,6 +209,15 @@ def cpu_seconds() -> float:
     workers = (worker.pid for worker in multiprocessing.active_children())
     clocks = (~pid << 3 | 2 for pid in workers if pid)  # what clock_getcpuclockid(3) returns, which Python lacks
     return time.process_time() + sum(map(time.clock_gettime, clocks))
+
+
+def stolen_s() -> float:
+    """Seconds, over all processors, in which this machine would have run but its hypervisor ran others; 0 if untold."""
+    try:
+        ticks = int(Path("/proc/stat").read_text().split(maxsplit=9)[8])
+    except (OSError, IndexError, ValueError):
+        return 0.0
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def die_with_parent() -> None:

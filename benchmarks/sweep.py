@@ -11,8 +11,9 @@
 
 Every batch size is measured in a process of its own (under a launcher: one per rank) by train.py's network, optimizer,
 loss and step. Its turns alternate: the loader alone, the step on synthetic views, and both; the first steps are
-warm-up, and medians over the rounds count. Rates are in source images, of which each gives two views. A process that
-runs out of memory leaves a row that says so, and the sweep goes on. Without SHARDS the demo's data serve.
+warm-up, and medians over the rounds count. In a virtual machine whose hypervisor runs others meanwhile, a round is
+repeated, within twice the budget. Rates are in source images, of which each gives two views. A process that runs out of
+memory leaves a row that says so, and the sweep goes on. Without SHARDS the demo's data serve.
 
 The loader limits where training on synthetic views would be more than 3 % faster: then the stage that adds most time to
 it alone is named, see benchmarks/loader.py. On CPUs the two share the cores, so a loader may limit without being waited
@@ -35,7 +36,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
@@ -51,12 +52,14 @@ from benchmarks.loader import PEERS, Batches, Task, interleaved, stages, standin
 from benchmarks.measure import (
     RECORDS,
     Marks,
+    Reading,
     append,
     die_with_parent,
     environment,
     gpu_watch,
     held_mib,
     peak_host_mib,
+    stolen_s,
     timing,
 )
 from model.nt_xent import nt_xent
@@ -71,6 +74,7 @@ BATCH_SIZES = (256, 512, 1024, 2048, 4096, 8192)
 ENOUGH = 0.97  # together / synthetic from which on the model limits
 NOISE = 0.03  # together / synthetic known no better than so: then a verdict must be clear
 RIVALS_NOISE = 0.1  # of a rival's ratio to ours, known no better than this share of it
+CALM = 0.02  # share of the processors' time that a hypervisor may take in a round that counts
 FEWEST, MOST = 3, 40  # rounds
 RIVALS_ROUNDS = 5
 TURN_MS = 1000.0  # of each of the three in a round, at least
@@ -248,6 +252,23 @@ def stage_costs(config: TrainConfig, seconds: float) -> dict[str, float]:
 # --------------------------------------------------------------------------------------------------- one batch size
 
 
+@dataclass(frozen=True)
+class Round:
+    """What was seen in one round: rates in source images per second, and the steps of the turn with both."""
+
+    loader: float
+    together: float
+    synthetic: float
+    step_ms: list[float]
+    waited_s: float
+    readings: list[Reading]
+    stolen: float  # share of the processors' time
+
+    @property
+    def ratio(self) -> float:
+        return self.together / self.synthetic
+
+
 def measure(config: TrainConfig, budget: float) -> dict[str, Any]:
     """The numbers of one batch size, on every rank of the group that the environment names; run it in a new process."""
     with prepared(config) as (accelerator, setup, loader, synthetic):
@@ -278,15 +299,13 @@ def measure(config: TrainConfig, budget: float) -> dict[str, Any]:
         lead = plan.count < 2 * QUEUED
         rounds = min(MOST, max(FEWEST, int(1e3 * budget / ((lead + 2 * steps) * step_ms + turn_ms))))
 
-        rates: dict[str, list[float]] = {"loader": [], "synthetic": [], "together": []}
-        step_times, readings = list[float](), list[Any]()
-        waited = 0.0
-        for _ in range(rounds):
+        def go_round() -> Round:
+            began, stolen = time.perf_counter(), stolen_s()
             turn(load, QUEUED, cuda)  # what waited in its queue was not made in this turn
             loads, took = 0, 0.0
             while took < turn_ms:
                 loads, took = loads + 1, took + sum(turn(load, 1, cuda))
-            rates["loader"].append(1e3 * loads * plan.micro_batch / took)
+            loader_rate = 1e3 * loads * plan.micro_batch / took
             # Its queue is empty now, and after a step as full as steps leave it; that of a step of many micro-batches
             # fills while they are encoded again.
             if lead:
@@ -296,29 +315,37 @@ def measure(config: TrainConfig, budget: float) -> dict[str, Any]:
             loader.wait_s = 0.0
             with gpu_watch() as seen:
                 times = turn(both, steps, cuda)
-            waited += loader.wait_s
-            readings += seen
-            step_times += times
-            rates["together"].append(1e3 * steps * config.batch_size / sum(times))
+            waited = loader.wait_s
             settle()  # or the loader fills its queue in the next one's turn
-            took = sum(turn(compute, steps, cuda))
-            rates["synthetic"].append(1e3 * steps * config.batch_size / took)
+            alone = turn(compute, steps, cuda)
+            together, synthetic = (1e3 * steps * config.batch_size / sum(each) for each in (times, alone))
+            share = (stolen_s() - stolen) / (time.perf_counter() - began) / (os.cpu_count() or 1)
+            return Round(loader_rate, together, synthetic, times, waited, seen, largest(share))
+
+        began, seen, calm = time.perf_counter(), list[Round](), list[Round]()
+        while len(calm) < rounds and (len(seen) < rounds or largest(time.perf_counter() - began) < 2 * budget):
+            seen.append(go_round())
+            calm += seen[-1:] if seen[-1].stolen <= CALM else []
+        counted = calm if len(calm) >= FEWEST else seen
         device_mib = held_mib() if cuda else 0.0  # with DALI's, and with what torch keeps but does not use
         if cuda:
             device_mib += (torch.cuda.max_memory_allocated() - torch.cuda.memory_reserved()) / 2**20
-        own_loader = torch.tensor([statistics.median(rates["loader"])], device=device)
-        ratios = [a / b for a, b in zip(rates["together"], rates["synthetic"], strict=True)]
-        ratio = timing(ratios)
+        own_loader = torch.tensor([statistics.median(each.loader for each in counted)], device=device)
+        ratio = timing([each.ratio for each in counted])
+        step_times = [ms for each in counted for ms in each.step_ms]
+        readings = [reading for each in counted for reading in each.readings]
         p95 = sorted(step_times)[math.ceil(0.95 * len(step_times)) - 1]
         means = [statistics.mean(column) for column in zip(*readings, strict=True)] if readings else [None, None]
         values = (
-            *(plan.micro_batch, rounds, float(accelerator.gather(own_loader).sum())),
-            *(statistics.median(rates["synthetic"]), statistics.median(rates["together"])),
+            *(plan.micro_batch, len(counted), float(accelerator.gather(own_loader).sum())),
+            *(statistics.median(getattr(each, name) for each in counted) for name in ("synthetic", "together")),
             *(ratio.median, ratio.p20, ratio.p80),
-            *(100 * 1e3 * waited / sum(step_times), statistics.median(step_times), p95),
+            100 * 1e3 * sum(each.waited_s for each in counted) / sum(step_times),
+            *(statistics.median(step_times), p95),
             *(largest(device_mib) if cuda else None, largest(peak_host_mib()), *means),
         )
-        return dict(zip(FOUND, values, strict=True)) | {"unknown": uncertainty(ratios)}
+        found = dict(zip(FOUND, values, strict=True))
+        return found | {"unknown": uncertainty([each.ratio for each in counted])}
 
 
 @contextlib.contextmanager

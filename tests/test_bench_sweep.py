@@ -147,6 +147,7 @@ def test_a_ratio_is_of_neighbours_and_tells_how_far_the_rounds_differ(
     """A machine three times slower in every round changes the rates but no ratio; one that swings, the spread."""
     ms = {"load": 100.0, "both": 1000.0, "compute": 900.0, "<lambda>": 10.0}
     swing, slow = iter([1.0, 2.0, 0.5]), [1.0]
+    monkeypatch.setattr(sweep, "stolen_s", lambda: 0.0)
 
     def turn(work: Any, times: int, _: bool) -> list[float]:
         if work.__name__ == "load" and times == sweep.QUEUED:
@@ -338,6 +339,32 @@ def test_what_does_not_fit_the_plan_is_out_of_memory() -> None:
     assert failure(ValueError(text)) == "out of memory"
     assert failure(torch.OutOfMemoryError("CUDA ran out")) == "out of memory"
     assert failure(ValueError("another\nreason")) == "failed: ValueError: another reason"
+
+
+def test_rounds_in_which_the_hypervisor_ran_others_do_not_count(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every other round is disturbed and tells 0.5; the calm ones, 0.9, of which there are as many as asked for."""
+    disturbed, ms, clock = [False], {"load": 100.0, "both": 1000.0, "compute": 900.0, "<lambda>": 10.0}, [0.0]
+
+    def turn(work: Any, times: int, _: bool) -> list[float]:
+        if work.__name__ == "load" and times == sweep.QUEUED:
+            disturbed[0] = not disturbed[0]
+        slow = disturbed[0] and work.__name__ == "both"
+        clock[0] += 1e3 * slow  # far more than the round took
+        return [ms[work.__name__] * (1.8 if slow else 1.0)] * times
+
+    monkeypatch.setattr(sweep, "turn", turn)
+    monkeypatch.setattr(sweep, "stolen_s", lambda: clock[0])
+    found = sweep.measure(config, 30.0)
+    assert found["rounds"] == 9  # of 3.01 s in 30
+    assert [found[name] for name in ("ratio", "ratio_p20", "ratio_p80")] == pytest.approx([0.9] * 3)
+    assert found["step_ms_p95"] == 1000
+    monkeypatch.setattr(sweep, "MOST", 2)  # and where fewer than three are calm, all count
+    monkeypatch.setattr(sweep, "FEWEST", 3)
+    found = sweep.measure(config, 30.0)
+    assert found["rounds"] == 4
+    assert found["ratio_p20"] == pytest.approx(0.5)
 
 
 KILLED = """
