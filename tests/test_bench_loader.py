@@ -125,8 +125,8 @@ def test_every_loader_jitters_as_asked(name: str, ramps: Task) -> None:
         mean = torch.cat(views).mean(dim=(2, 3))
         return (mean / mean.sum(dim=1, keepdim=True)).std(dim=0)
 
-    assert shades(plain[1]).max() < 0.02
-    assert shades(batch[1]).min() > 0.02
+    assert shades(plain[1]).max() < 0.005
+    assert shades(batch[1]).min() > 0.005  # 0.05 in the least of forty runs
 
 
 def test_every_loader_blurs_as_asked(name: str, noises: Task) -> None:
