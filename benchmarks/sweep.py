@@ -87,7 +87,7 @@ OURS = "ours"
 CPU = replace(
     RECIPES["demo"],
     views=make_views(VIEWS["cifar"], {"size": 32}),
-    width=1.0,
+    width=0.75,
     micro_batch=256,
     num_threads=1,
     cpu_threads=max(1, share_of_cores() - 1),
