@@ -11,16 +11,19 @@ number of ranks would need reads at random places. The augmentation drawn for a 
 
 import base64
 import ctypes
+import gc
 import io
 import itertools
 import math
+import os
 import random
 import resource
 import time
 import warnings
+import weakref
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +40,9 @@ if TYPE_CHECKING:
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 SHUFFLE = 2048  # samples in each rank's shuffle buffer; the shards themselves are shuffled when written
+
+# A forked child, such as a DataLoader's worker, that collected its parent's pipelines would join threads it has not.
+os.register_at_fork(after_in_child=gc.freeze)
 
 
 @dataclass(frozen=True)
@@ -167,7 +173,7 @@ class Loader:
         return two_views(
             self._reader,
             self.views,
-            self._draw,
+            partial(Loader._draw, weakref.proxy(self)),  # or it would live until cycles are collected
             second=self._second_views,
             batch_size=self.micro_batch,
             device_id=self.device.index or 0 if self.device.type == "cuda" else None,

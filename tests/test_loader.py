@@ -1,9 +1,12 @@
 """Every rank gets equally many batches, every sample at most once an epoch, and any position comes back exactly."""
 
 import dataclasses
+import gc
 import io
 import itertools
 import json
+import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -698,6 +701,47 @@ def test_evaluation_images_equal_torchvisions_resize_and_centre_crop(tmp_path: P
     for image, label in zip(*next(iter(build_eval_loader(data, views, 3, CPU, num_threads=1))), strict=True):
         want = theirs(Image.fromarray(pictures[int(label)]))
         assert (image - want).abs().max() <= 1.01 * level
+
+
+# ---- the end of a loader -------------------------------------------------------------------------------------------
+
+
+def threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def test_a_loader_that_is_let_go_ends_its_threads_at_once(flats: Dataset) -> None:
+    """Its buffers, which on a GPU are gigabytes, do not wait for a garbage collection."""
+    next(build_loader(flats, TINY, 4, CPU, num_threads=3))  # torch's threads stay
+    gc.collect()
+    before = threads()
+    gc.disable()
+    try:
+        loader = build_loader(flats, TINY, 4, CPU, num_threads=3)
+        next(loader)
+        assert threads() >= before + 3
+        del loader
+        assert threads() == before
+    finally:
+        gc.enable()
+
+
+def test_a_forked_child_leaves_its_parents_loaders_alone(flats: Dataset) -> None:
+    """A DataLoader's worker that collected one, which is garbage, would join threads that it has not, and crash."""
+    loader = build_loader(flats, TINY, 4, CPU, num_threads=3)
+    next(loader)
+    loader.itself = loader  # type: ignore[attr-defined]
+    gc.disable()
+    try:
+        del loader
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)  # ends it where it waits
+            gc.collect()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+    finally:
+        gc.enable()
 
 
 # ---- on a GPU ------------------------------------------------------------------------------------------------------
