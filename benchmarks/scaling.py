@@ -363,17 +363,24 @@ def _process(rank: int, world_size: int, images: int, depth: int, width: float, 
     silent = Step(views, depth=depth, width=width, **kind)  # made before there is a group, so it knows of none
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     talking = Step(views, depth=depth, width=width, **kind)
-    latency_us, bandwidth_mb_s = _network(world_size, rank, gradient_bytes(depth, width, 32))
-    alone, together = list[list[float]](), list[float]()
+    num_bytes = gradient_bytes(depth, width, 32)
+    pair = dist.new_group([0, 1]) if world_size > 1 else None
+    alone, together, network = list[list[float]](), list[float](), list[tuple[float, float]]()
     for _ in range(rounds):
         dist.barrier()
         alone.append(_slowest(silent.parts_ms(), world_size))
         dist.barrier()
         together.append(sum(_slowest(talking.parts_ms(), world_size)))
+        dist.barrier()
+        if pair and rank < 2:
+            network.append((_all_reduce_s(1, pair), _all_reduce_s(num_bytes // 4, pair)))
     if rank == 0:
         medians = [statistics.median(column) for column in zip(*alone, strict=True)]
-        found = {f"{part}_ms": value for part, value in zip(PARTS, medians, strict=True)}
-        found |= {"latency_us": latency_us, "bandwidth_mb_s": bandwidth_mb_s}  # type: ignore[dict-item]
+        found: dict[str, float | str] = {f"{part}_ms": value for part, value in zip(PARTS, medians, strict=True)}
+        found |= {"latency_us": "", "bandwidth_mb_s": ""}
+        if network:
+            small, large = (statistics.median(column) for column in zip(*network, strict=True))
+            found |= {"latency_us": 1e6 * small / 2, "bandwidth_mb_s": num_bytes / max(large - small, 1e-9) / 1e6}
         ordered = sorted(together)
         found |= {"step_ms": statistics.median(ordered), "p20_step_ms": ordered[round(0.2 * (rounds - 1))]}
         found |= {"p80_step_ms": ordered[round(0.8 * (rounds - 1))]}
@@ -389,22 +396,11 @@ def _slowest(parts: list[float], world_size: int) -> list[float]:
     return max((each.tolist() for each in all_parts), key=sum)
 
 
-def _network(world_size: int, rank: int, num_bytes: int) -> tuple[float | str, float | str]:
-    """us of a message and MB/s each way, from all-reduces of one number and of `num_bytes` between the first two."""
-    if world_size == 1:
-        return "", ""
-    pair: Any = dist.new_group([0, 1])
-    seconds = []
-    for numel in (1, num_bytes // 4):
-        x, times = torch.zeros(numel), []
-        for _ in range(20 if rank < 2 else 0):
-            start = time.perf_counter()
-            dist.all_reduce(x, group=pair)
-            times.append(time.perf_counter() - start)
-        dist.barrier()
-        seconds.append(statistics.median(times) if times else 1.0)
-    small, large = seconds
-    return 1e6 * small / 2, num_bytes / max(large - small, 1e-9) / 1e6
+def _all_reduce_s(numel: int, group: Any) -> float:
+    x = torch.zeros(numel)
+    start = time.perf_counter()
+    dist.all_reduce(x, group=group)
+    return time.perf_counter() - start
 
 
 if __name__ == "__main__":
