@@ -313,20 +313,23 @@ def measure(config: TrainConfig, budget: float) -> dict[str, Any]:
             else:
                 settle()
             loader.wait_s = 0.0
-            with gpu_watch() as seen:
+            with gpu_watch() as readings:
                 times = turn(both, steps, cuda)
             waited = loader.wait_s
             settle()  # or the loader fills its queue in the next one's turn
             alone = turn(compute, steps, cuda)
             together, synthetic = (1e3 * steps * config.batch_size / sum(each) for each in (times, alone))
             share = (stolen_s() - stolen) / (time.perf_counter() - began) / (os.cpu_count() or 1)
-            return Round(loader_rate, together, synthetic, times, waited, seen, largest(share))
+            return Round(loader_rate, together, synthetic, times, waited, readings, largest(share))
 
         began, seen, calm = time.perf_counter(), list[Round](), list[Round]()
         while len(calm) < rounds and (len(seen) < rounds or largest(time.perf_counter() - began) < 2 * budget):
             seen.append(go_round())
-            calm += seen[-1:] if seen[-1].stolen <= CALM else []
+            calm = [each for each in seen if each.stolen <= CALM]
         counted = calm if len(calm) >= FEWEST else seen
+        if counted is seen and accelerator.is_main_process:
+            disturbed = f"{len(seen) - len(calm)} of {len(seen)} rounds"
+            print(f"{disturbed} were disturbed by other machines on this host; all count")
         device_mib = held_mib() if cuda else 0.0  # with DALI's, and with what torch keeps but does not use
         if cuda:
             device_mib += (torch.cuda.max_memory_allocated() - torch.cuda.memory_reserved()) / 2**20
@@ -485,12 +488,12 @@ class Sweep:
         rounds = []
         with contextlib.ExitStack() as stack:
             turns = {}
+            steps = math.ceil(task.threads * config.micro_batch / config.batch_size)
             for name in (OURS, *rivals):
                 batches = partial(trained, name=name, config=config)
-                steps = math.ceil(task.threads * config.micro_batch / config.batch_size)
                 turns[name] = stack.enter_context(standing_still(name, task, batches, multiple=steps, cores=cores))
+            seconds = self.budget / (RIVALS_ROUNDS * len(turns))
             for _ in range(1 + RIVALS_ROUNDS):  # in the first, queues fill
-                seconds = self.budget / (RIVALS_ROUNDS * len(turns))
                 rounds.append({name: turn(seconds) for name, turn in turns.items()})
             rounds = rounds[1:]
         rows = []

@@ -126,7 +126,7 @@ def test_every_loader_jitters_as_asked(name: str, ramps: Task) -> None:
         return (mean / mean.sum(dim=1, keepdim=True)).std(dim=0)
 
     assert shades(plain[1]).max() < 0.005
-    assert shades(batch[1]).min() > 0.005  # 0.05 in the least of forty runs
+    assert shades(batch[1]).min() > 0.02
 
 
 def test_every_loader_blurs_as_asked(name: str, noises: Task) -> None:

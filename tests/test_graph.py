@@ -205,8 +205,9 @@ def test_views_equal_the_oracle(tmp_path: Path, preset: str, images: Any) -> Non
         assert {0, 1} == set(draws.mirror)
         assert bool(config.blur_p) == (draws.window > 1).any()
         for i, image in enumerate(pictures):
-            worst = np.abs(got[i] - expected(image, config, draws, i)).max()
-            assert worst <= allowed(config, draws, i), f"image {i} {image.shape}: {worst:.2f} levels off"
+            off = np.abs(got[i] - expected(image, config, draws, i))
+            assert off.max() <= allowed(config, draws, i), f"image {i} {image.shape}: {off.max():.2f} levels off"
+            assert off.mean() <= allowed(config, draws, i) / 2  # the mean of one rounding is half of its most
 
 
 @pytest.mark.parametrize(("preset", "images"), [("stl10", photos), ("cifar", extremes)])
@@ -384,12 +385,18 @@ def test_the_blur_of_an_impulse_is_the_gaussian_with_its_window(tmp_path: Path, 
 def test_the_flip_is_exact_whatever_else_is_done(tmp_path: Path, profile: str) -> None:
     """The mirrored view is the other one reversed left to right, with everything else drawn alike.
 
-    But for the order in which sums are taken, which may round one value in a thousand to another level.
+    Bit by bit where it is only cropped; with colour and blur but for the order in which sums are taken, which may
+    round one value in a thousand to another level.
     """
     config = make_views("imagenet", {**LEVELS, "profile": profile, "size": 64})
     drawn = draw(config, seed=6, epoch=0, position=0, n=6)[0]
     flipped, straight = (Draws(**{**vars(drawn), "mirror": np.full(6, value, np.int32)}) for value in (1, 0))
     first, second = views(shard(tmp_path, [encode(image) for image in photos()]), config, (flipped, straight))
+    bare = make_views(config, {"jitter_p": 0.0, "grayscale_p": 0.0, "blur_p": 0.0})
+    identity = {"colour": plain(6).colour, "mean_colour": plain(6).mean_colour}
+    both = (replace(flipped, **identity), replace(straight, **identity))
+    exact, other = views(shard(tmp_path / "bare", [encode(image) for image in photos()]), bare, both)
+    np.testing.assert_array_equal(exact, other[:, :, ::-1])
     off = np.abs(first - second[:, :, ::-1])
     assert np.quantile(off, 0.999) < 1e-3
     assert off.max() <= max(allowed(config, drawn, i) for i in range(6))
