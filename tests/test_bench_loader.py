@@ -25,6 +25,7 @@ from benchmarks.measure import Timing, cpu_seconds, timing
 from pipeline.shards import Sample, read_dataset
 from pipeline.views import ViewConfig, make_views
 from pipeline.write import write_shards
+from tests.timed import thrice
 
 NUM, BATCH, SIZE = 12, 4, 16
 LEVELS = {"size": SIZE, "mean": [0.0] * 3, "std": [1 / 255] * 3}  # views come out as grey levels
@@ -158,6 +159,7 @@ def _work(seconds: float, link: Connection) -> None:
     link.recv()
 
 
+@thrice
 def test_processor_time_includes_workers() -> None:
     """A worker's own clock says the same; waiting costs nothing."""
     here, there = multiprocessing.Pipe()

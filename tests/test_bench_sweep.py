@@ -40,6 +40,7 @@ from benchmarks.sweep import (
 from pipeline.shards import Sample, read_dataset
 from pipeline.views import make_views
 from pipeline.write import write_shards
+from tests.timed import thrice
 from train import TrainConfig
 
 STAGES_MS = {"reading": 0.2, "decode": 3.0, "augmentation": 1.0}
@@ -119,6 +120,7 @@ def model_of(seconds: float) -> Iterator[None]:
         yield
 
 
+@thrice
 def test_a_slowed_loader_limits_and_a_slowed_model_does(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A loader of 0.3 s per micro-batch of 16 images allows 53 images/s at most; a step of 1.5 s, 11."""
     monkeypatch.setattr(sweep, "FEWEST", 2)  # rounds
@@ -195,9 +197,10 @@ def test_the_median_is_known_as_well_as_it_is_said_to_be(rounds: int) -> None:
     assert 0.9 < np.mean(hits) < 0.99
 
 
-def test_the_stage_that_costs_most_is_found(config: TrainConfig, tmp_path: Path) -> None:
+@thrice
+def test_the_stage_that_costs_most_is_found(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Images of a million pixels for views of 16: their decoding is what takes time."""
-    big = write_images(tmp_path, 8, 1000, 1000)
+    big = write_images(tmp_path_factory.mktemp("big"), 8, 1000, 1000)
     costs = sweep.stage_costs(replace(config, data=str(big / "shards")), 0.5)
     assert list(costs) == ["reading", "decode", "augmentation"]
     assert verdict(0.5, costs) == "the loader limits: decode"
@@ -489,6 +492,7 @@ def test_the_drivers_readings_are_parsed_and_what_it_does_not_tell_is_left_out()
     assert (reading.utilisation_percent, reading.power_w) == (93.0, 612.5)
 
 
+@thrice
 def test_rivals_train_on_the_same_images(data: Path, config: TrainConfig, tmp_path: Path) -> None:
     """Each contestant's step takes the whole batch through its own loader and loss."""
     ranks = Ranks()

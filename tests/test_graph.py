@@ -385,8 +385,8 @@ def test_the_blur_of_an_impulse_is_the_gaussian_with_its_window(tmp_path: Path, 
 def test_the_flip_is_exact_whatever_else_is_done(tmp_path: Path, profile: str) -> None:
     """The mirrored view is the other one reversed left to right, with everything else drawn alike.
 
-    Bit by bit where it is only cropped; with colour and blur but for the order in which sums are taken, which may
-    round one value in a thousand to another level.
+    But for the order in which sums are taken, which may round one value in a thousand to the next level; and with
+    colour and blur that level is multiplied.
     """
     config = make_views("imagenet", {**LEVELS, "profile": profile, "size": 64})
     drawn = draw(config, seed=6, epoch=0, position=0, n=6)[0]
@@ -395,8 +395,10 @@ def test_the_flip_is_exact_whatever_else_is_done(tmp_path: Path, profile: str) -
     bare = make_views(config, {"jitter_p": 0.0, "grayscale_p": 0.0, "blur_p": 0.0})
     identity = {"colour": plain(6).colour, "mean_colour": plain(6).mean_colour}
     both = (replace(flipped, **identity), replace(straight, **identity))
-    exact, other = views(shard(tmp_path / "bare", [encode(image) for image in photos()]), bare, both)
-    np.testing.assert_array_equal(exact, other[:, :, ::-1])
+    cropped, mirrored = views(shard(tmp_path / "bare", [encode(image) for image in photos()]), bare, both)
+    off = np.abs(cropped - mirrored[:, :, ::-1])
+    assert np.quantile(off, 0.999) < 1e-3
+    assert off.max() <= 1
     off = np.abs(first - second[:, :, ::-1])
     assert np.quantile(off, 0.999) < 1e-3
     assert off.max() <= max(allowed(config, drawn, i) for i in range(6))

@@ -23,6 +23,7 @@ from pipeline import sources
 from pipeline.shards import DatasetError, Sample
 from pipeline.sources import Member, Source, TarError, members
 from tests.test_shards import picture
+from tests.timed import thrice
 
 Entry = tuple[str, bytes]
 
@@ -194,6 +195,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
+@thrice
 def test_a_hostile_tar_ends_in_one_error_without_much_memory_or_time(tmp_path: Path, case: str) -> None:
     """Sizes are held to the file and to limits before anything is read or made room for."""
     content, message = HOSTILE[case]
