@@ -22,6 +22,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,9 @@ class Batch:
     labels: Tensor | None
     epoch: int
     position: int
+
+
+_Position = tuple[int, bytes | None]  # runs of the pipeline, and DALI's checkpoint behind the last of them
 
 
 class LoaderError(RuntimeError):
@@ -112,8 +116,10 @@ class Loader:
         self._half, self._shuffle, self._second_views = half, shuffle, second_views
         self._hw_decoder_load = hw_decoder_load
         self._pipe: Pipeline | None = None
+        self._ahead: Future[tuple[Batch, _Position]] | None = None
         self._failure: LoaderError | None = None
         self._runs = 0  # batches the pipeline has given, dropped ones included
+        self._position: _Position = 0, None
         self.wait_s = 0.0  # seconds spent waiting for batches since it was last set to 0
 
     def __iter__(self) -> Iterator[Batch]:
@@ -123,6 +129,26 @@ class Loader:
         start = time.perf_counter()
         if self._failure:
             raise self._failure
+        try:
+            batch, self._position = self._ahead.result() if self._ahead else self._make()
+        except LoaderError as error:
+            self._failure = error  # DALI would go on with the next batch, and this rank out of step with the others
+            raise
+        if self.device.type == "cpu":  # a GPU makes batches beside what runs here by itself
+            self._ahead = self._worker.submit(self._make)
+        self.wait_s += time.perf_counter() - start
+        return batch
+
+    @cached_property
+    def _worker(self) -> ThreadPoolExecutor:
+        """A thread whose torch operators use as many threads as DALI has; the caller's keep theirs."""
+        threads, worker = torch.get_num_threads(), ThreadPoolExecutor(1, "loader")
+        worker.submit(torch.set_num_threads, self._num_threads).result()
+        torch.set_num_threads(threads)
+        return worker
+
+    def _make(self) -> tuple[Batch, _Position]:
+        """The next batch, and the position behind it."""
         if self._pipe is None:
             self._pipe = self._build(None)
         if self._runs % self._runs_per_epoch == self._used_per_epoch:
@@ -133,8 +159,8 @@ class Loader:
         if colours:
             views = finish(views, torch.cat(colours[::2]), torch.cat(colours[1::2]), self.views)
             views = views.half() if self._half else views
-        self.wait_s += time.perf_counter() - start
-        return Batch(views.permute(0, 3, 1, 2), labels, epoch, run // self._micro_batches * self._batch_size)
+        batch = Batch(views.permute(0, 3, 1, 2), labels, epoch, run // self._micro_batches * self._batch_size)
+        return batch, (self._runs, self._pipe.checkpoint())
 
     def _skip_to_next_epoch(self, pipe: "Pipeline") -> None:
         while self._runs % self._runs_per_epoch:
@@ -142,17 +168,13 @@ class Loader:
 
     def _run(self, pipe: "Pipeline") -> tuple[list[Tensor], Tensor | None]:
         epoch, run = divmod(self._runs, self._runs_per_epoch)
-        try:
-            outputs = _outputs(
-                pipe,
-                self._reader,
-                self.dataset,
-                self.device,
-                f"rank {self.rank} could not read batch {run // self._micro_batches} of epoch {epoch}",
-            )
-        except LoaderError as error:
-            self._failure = error  # DALI would go on with the next batch, and this rank out of step with the others
-            raise
+        outputs = _outputs(
+            pipe,
+            self._reader,
+            self.dataset,
+            self.device,
+            f"rank {self.rank} could not read batch {run // self._micro_batches} of epoch {epoch}",
+        )
         self._runs += 1
         return outputs
 
@@ -206,11 +228,11 @@ class Loader:
         """The exact position of this rank, JSON-able; the identity stands beside it."""
         if self._failure:
             raise self._failure
-        reader = self._pipe.checkpoint() if self._pipe is not None else None
+        runs, reader = self._position
         return {
             "identity": self.identity,
             "rank": self.rank,
-            "runs": self._runs,
+            "runs": runs,
             "reader": base64.b64encode(reader).decode() if reader is not None else None,
         }
 
@@ -223,9 +245,11 @@ class Loader:
         different = [f"{key}: {saved[key]} saved, {mine[key]} now" for key in mine if saved[key] != mine[key]]
         if different:
             raise ValueError("the saved position belongs to another stream of batches; " + "; ".join(different))
-        self._failure = None
-        self._runs = state["runs"]
-        self._pipe = self._build(base64.b64decode(state["reader"])) if state["reader"] is not None else None
+        wait([self._ahead] if self._ahead else [])  # it uses the pipeline
+        self._ahead = self._failure = None
+        reader = base64.b64decode(state["reader"]) if state["reader"] is not None else None
+        self._pipe = self._build(reader) if reader is not None else None
+        self._runs, self._position = state["runs"], (state["runs"], reader)
 
 
 def build_loader(
@@ -248,7 +272,7 @@ def build_loader(
 
     batch_size   images per step over all ranks; a multiple of world_size
     device       where the views are made and left: JPEGs are decoded and augmented there
-    num_threads  DALI's CPU threads for this rank
+    num_threads  DALI's CPU threads for this rank, and torch's where it finishes views that a CPU makes: one batch ahead
     half         float16 views instead of float32
     shuffle      samples in this rank's shuffle buffer; 0 reads in the order of the shards
     micro_batch  gives this rank's batch in parts of so many images, a divisor of it, with the views that the whole has;

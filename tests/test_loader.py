@@ -26,6 +26,7 @@ from pipeline.loader import Batch, Loader, LoaderError, build_eval_loader, build
 from pipeline.shards import Dataset, Sample, Shard, read_dataset
 from pipeline.views import VIEWS, ViewConfig, make_views
 from pipeline.write import write_shards
+from tests.timed import thrice
 
 CPU = torch.device("cpu")
 NUM = 23
@@ -347,6 +348,26 @@ def test_waiting_is_measured_and_can_be_set_back(flats: Dataset) -> None:
     start = time.perf_counter()
     next(loader)
     assert 0 < loader.wait_s <= time.perf_counter() - start
+
+
+@thrice
+def test_the_next_batch_is_made_while_this_one_is_used(flats: Dataset) -> None:
+    """0.3 s of loading in 0.6 s of computing are not waited for; the position is that of the batch in use."""
+    whole, loader = Loader._run, build(flats)
+
+    def slow(self: Loader, pipe: Any) -> Any:
+        time.sleep(0.3)
+        return whole(self, pipe)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loader, "_run", slow)
+        for run in (1, 2, 3):
+            start = time.perf_counter()
+            next(loader)
+            took = time.perf_counter() - start
+            assert took > 0.3 if run == 1 else took < 0.2
+            time.sleep(0.6)
+            assert loader.state_dict()["runs"] == run
 
 
 # ---- position ------------------------------------------------------------------------------------------------------
@@ -706,22 +727,29 @@ def test_evaluation_images_equal_torchvisions_resize_and_centre_crop(tmp_path: P
 # ---- the end of a loader -------------------------------------------------------------------------------------------
 
 
-def threads() -> int:
-    return len(os.listdir("/proc/self/task"))
+def dali_threads() -> int:
+    return sum(comm.read_text().startswith("[DALI]") for comm in Path("/proc/self/task").glob("*/comm"))
 
 
-def test_a_loader_that_is_let_go_ends_its_threads_at_once(flats: Dataset) -> None:
+def all_dali_threads_end() -> bool:
+    """Within 20 s, for a batch that is being made."""
+    end = time.monotonic() + 20
+    while dali_threads() and time.monotonic() < end:
+        time.sleep(0.01)
+    return not dali_threads()
+
+
+def test_a_loader_that_is_let_go_ends_its_threads(flats: Dataset) -> None:
     """Its buffers, which on a GPU are gigabytes, do not wait for a garbage collection."""
-    next(build_loader(flats, TINY, 4, CPU, num_threads=3))  # torch's threads stay
-    gc.collect()
-    before = threads()
+    gc.collect()  # of what other tests have left
+    assert all_dali_threads_end()
     gc.disable()
     try:
         loader = build_loader(flats, TINY, 4, CPU, num_threads=3)
         next(loader)
-        assert threads() >= before + 3
+        assert dali_threads() >= 3
         del loader
-        assert threads() == before
+        assert all_dali_threads_end()
     finally:
         gc.enable()
 

@@ -275,7 +275,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, runs: range) -> None:
 
     def broken(loader: Loader) -> Batch:
         batch = whole(loader)
-        if loader._runs - 1 in runs:
+        if loader._position[0] - 1 in runs:
             batch.views[0, 0, 0, 0] = torch.nan
         return batch
 
