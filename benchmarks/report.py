@@ -411,11 +411,12 @@ def against(rows: list[Row]) -> str:
         for row in part:
             ratio, low, high = (f"{float(row[name]):.2f}" for name in ("ratio_to_ours", "ratio_p20", "ratio_p80"))
             ratio = f"{ratio} x ({low} to {high}{', noisy' if row['status'] == 'noisy' else ''})"
-            values = [number(row["images_per_s"]), ratio, number(row["peak_host_mib"])]
+            values = [number(row[name]) for name in ("images_per_s", "cpu_ms_per_image", "peak_host_mib")]
+            values.insert(1, ratio)
             lines.append([row["batch_size"], row["what"], *values])
         text += f"\n{kind(part[0])}; the same model and images through other loaders and losses; the median "
-        text += f"of {part[0]['rounds']} rounds' ratios (p20 to p80).\n\n"
-        text += table(["batch", "training with", "images/s", "of ours", "host MiB"], lines)
+        text += f"of {part[0]['rounds']} rounds' ratios (p20 to p80), and processor time with workers.\n\n"
+        text += table(["batch", "training with", "images/s", "of ours", "CPU ms per image", "host MiB"], lines)
         text += conditions(part, "against.csv", against_plot(part[0]))
     return text + "\n"
 

@@ -502,6 +502,7 @@ class Sweep:
             pairs = [(each[name], each[OURS]) for each in rounds]
             ratios = [a.images / a.wall_s / (b.images / b.wall_s) for a, b in pairs]
             ratio = timing(ratios)
+            cpu_ms = statistics.median(1e3 * each[name].cpu_s / each[name].images for each in rounds)
             rows.append(
                 {
                     **self.kind(config),
@@ -509,6 +510,7 @@ class Sweep:
                     "ratio_to_ours": rounded(ratio.median),
                     "status": "noisy" if uncertainty(ratios) > RIVALS_NOISE * ratio.median else "ok",
                     **{"ratio_p20": rounded(ratio.p20), "ratio_p80": rounded(ratio.p80)},
+                    "cpu_ms_per_image": rounded(cpu_ms),
                     "peak_host_mib": rounded(max(each[name].peak_host_mib for each in rounds)),
                     **self.facts,
                     **{"threads": cores, "loader_threads": cores},
@@ -576,11 +578,12 @@ def print_row(row: Mapping[str, Any]) -> None:
 
 
 def print_against(rows: Sequence[Mapping[str, Any]]) -> None:
-    print(f"\n{rows[0]['batch_size']} images {'images/s':>18} {'of ours':>9} {'p20 to p80':>16} {'host MiB':>9}")
+    head = f"{'images/s':>18} {'of ours':>9} {'p20 to p80':>16} {'CPU ms/image':>12} {'host MiB':>9}"
+    print(f"\n{rows[0]['batch_size']} images {head}")
     for row in rows:
         between = f"{row['ratio_p20']} to {row['ratio_p80']}"
         speed = f"{row['images_per_s']:>9} {row['ratio_to_ours']:>9} {between:>16}"
-        print(f"{row['what']:22} {speed} {row['peak_host_mib']:>9} {row['status']}")
+        print(f"{row['what']:22} {speed} {row['cpu_ms_per_image']:>12} {row['peak_host_mib']:>9} {row['status']}")
 
 
 # ------------------------------------------------------------------------------------------------------------- check

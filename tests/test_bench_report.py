@@ -86,7 +86,8 @@ def test_presets_processes_and_gpus_have_tables_of_their_own(tmp_path):
 def contested(batch_size, what, speed, ratio):
     row = {"preset": "cpu", "batch_size": batch_size, "size": 32, "encoder": "resnet18", "precision": "no"}
     row |= {"world_size": 1, "what": what, "images_per_s": speed, "ratio_to_ours": ratio}
-    return row | {"rounds": 5, "ratio_p20": ratio, "ratio_p80": ratio, "peak_host_mib": 900, "status": "ok"}
+    row |= {"rounds": 5, "ratio_p20": ratio, "ratio_p80": ratio, "status": "ok"}
+    return row | {"cpu_ms_per_image": 4e3 / speed, "peak_host_mib": 900}
 
 
 def test_other_loaders_are_told_beside_ours(tmp_path):
@@ -94,10 +95,11 @@ def test_other_loaders_are_told_beside_ours(tmp_path):
     rows[1] |= {"ratio_p20": 0.1, "ratio_p80": 0.9, "status": "noisy"}
     assert rendered("against", rows, tmp_path) == (
         "\n`cpu`: resnet18 at 32 px, fp32; the same model and images through other loaders and losses; the "
-        "median of 5 rounds' ratios (p20 to p80).\n\n"
-        "| batch | training with | images/s | of ours | host MiB |\n| --- | --- | --- | --- | --- |\n"
-        "| 256 | SwiftCLR | 400 | 1.00 x (1.00 to 1.00) | 900 |\n"
-        "| 256 | lightly | 100 | 0.25 x (0.10 to 0.90, noisy) | 900 |\n"
+        "median of 5 rounds' ratios (p20 to p80), and processor time with workers.\n\n"
+        "| batch | training with | images/s | of ours | CPU ms per image | host MiB |\n"
+        "| --- | --- | --- | --- | --- | --- |\n"
+        "| 256 | SwiftCLR | 400 | 1.00 x (1.00 to 1.00) | 10 | 900 |\n"
+        "| 256 | lightly | 100 | 0.25 x (0.10 to 0.90, noisy) | 40 | 900 |\n"
         f"\n{LINE}`against.csv`, [plot](benchmarks/records/against-cpu.png)\n\n"
     )
 
@@ -257,7 +259,7 @@ def test_blocks_are_filled_once_and_nothing_else_is_touched(page):
     assert run().exit_code == 0
     text = readme.read_text()
     assert re.sub(r"against -->\n.*?<!-- /", "against -->\nold\n<!-- /", text, count=1, flags=re.DOTALL) == PAGE
-    assert "| 256 | lightly | 100 | 0.25 x (0.25 to 0.25) | 900 |" in text
+    assert "| 256 | lightly | 100 | 0.25 x (0.25 to 0.25) | 40 | 900 |" in text
     assert run().exit_code == 0
     assert readme.read_text() == text
 

@@ -504,4 +504,7 @@ def test_rivals_train_on_the_same_images(data: Path, config: TrainConfig, tmp_pa
     assert float(rows[1]["ratio_to_ours"]) == pytest.approx(ratio, rel=0.5)  # medians of ratios, and of rates
     assert rows_of(tmp_path / "against.csv")[1]["what"] == "torchvision"
     assert all(float(row["peak_host_mib"]) > 0 for row in rows)
+    cores = len(os.sched_getaffinity(0))
+    for row in rows:  # no more than all cores can give
+        assert 0 < float(row["cpu_ms_per_image"]) < 1.5 * cores * 1e3 / float(row["images_per_s"])
     assert read_dataset(data / "shards").samples == len(list((data / "images").glob("*/*")))
