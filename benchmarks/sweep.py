@@ -348,7 +348,7 @@ def measure(config: TrainConfig, budget: float) -> dict[str, Any]:
             *(largest(device_mib) if cuda else None, largest(peak_host_mib()), *means),
         )
         found = dict(zip(FOUND, values, strict=True))
-        return found | {"unknown": uncertainty([each.ratio for each in counted])}
+        return found | {"unknown": math.inf if counted is seen else uncertainty([each.ratio for each in counted])}
 
 
 @contextlib.contextmanager

@@ -368,6 +368,7 @@ def test_rounds_in_which_the_hypervisor_ran_others_do_not_count(
     found = sweep.measure(config, 30.0)
     assert found["rounds"] == 4
     assert found["ratio_p20"] == pytest.approx(0.5)
+    assert noisy(found["ratio"], found["unknown"])  # and it has no verdict, however far the ratio is from 0.97
 
 
 KILLED = """

@@ -174,7 +174,7 @@ def test_nonsense_is_refused(tmp_path, arguments, named):
 def test_two_processes_are_predicted_from_their_pieces(tmp_path):
     """The step of two that talk, from the steps of two that do not and the cost of an all-reduce.
 
-    Within a factor 2 of three in five rounds: where a hypervisor runs others, each of the two waits for both.
+    Within a factor 2 of the faster rounds: where a hypervisor runs others, each of the two waits for both.
     """
     scaling.measure_processes(2, images=4, width=1 / 16, rounds=15, record=tmp_path / "scaling.csv")
     with open(tmp_path / "scaling.csv", newline="") as file:
@@ -184,4 +184,4 @@ def test_two_processes_are_predicted_from_their_pieces(tmp_path):
     assert pieces.gradient_bytes == scaling.gradient_bytes(18, 1 / 16, 32)
     assert 0 < pieces.latency_s < 1
     assert 0 < pieces.bandwidth < math.inf
-    assert float(row["p20_step_ms"]) / 2 < 1e3 * predict(pieces, 8, 2).step_s < 2 * float(row["p80_step_ms"])
+    assert 0.5 < 1e3 * predict(pieces, 8, 2).step_s / float(row["p20_step_ms"]) < 2
