@@ -43,12 +43,12 @@ def main(record: str = "demo.csv") -> None:
         if done.returncode:
             raise SystemExit(f"train.py demo ended with exit code {done.returncode}: {lines[-1] if lines else ''}")
         where["threads"] = json.loads((run / "config.json").read_text())["cpu_threads"] or ""
-    row = {"what": "demo", "command": "train.py demo", **quoted(lines), "wall_s": f"{wall_s:.1f}"}
+    row = {"what": "demo", **quoted(lines), "wall_s": f"{wall_s:.1f}"}
     row |= {
         "pixels_knn": f"{pixels_knn():.4f}",
         "installed_gib": f"{installed_bytes(ROOT / 'pyproject.toml') / 2**30:.2f}",
     }
-    append(record, [{**row, **where}])
+    append(record, [{**row, **where, "command": "train.py demo"}])
     typer.echo("\n".join(f"{name:14} {value}" for name, value in row.items()))
 
 

@@ -14,7 +14,7 @@ them in full size, which on a CPU is the time of its memory.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -84,7 +84,7 @@ def contestants(make: Callable[[], Groups]) -> dict[str, torch.optim.Optimizer]:
 
 
 def main(
-    device: str = "cpu",
+    device: Literal["cpu", "cuda"] = "cpu",
     depth: Annotated[int, typer.Option(help="of the ResNet whose parameters are stepped")] = 50,
     threads: Annotated[int, typer.Option(help="of the CPU; what a GPU waits for is one thread")] = 1,
     budget_s: Annotated[float, typer.Option(help="seconds per size, for all contestants together")] = 20.0,
@@ -101,8 +101,8 @@ def main(
             few = [{**group, "params": group["params"][:1]} for group in _copied(groups)]
             steps["ours, 2 parameters"] = LARS(few, **SETTINGS).step
         steps |= {name: optimizer.step for name, optimizer in contestants(lambda: _copied(groups)).items()}  # noqa: B023
-        timings = time_interleaved(steps, warmup=2, min_runs=5, budget_s=budget_s)
-        where, rows = environment(), []
+        timings = time_interleaved(steps, device, warmup=2, min_runs=5, budget_s=budget_s)
+        where, rows = environment(device), []
         num_params = sum(len(group["params"]) for group in groups)
         typer.echo(f"\n{size}: {num_params} parameters of ResNet-{depth} and head on {where['device']}")
         typer.echo(f"{'':20}{'ms':>9}{'of ours':>9}{'calls':>7}{'waits':>7}{'kernels':>9}")

@@ -33,7 +33,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -91,7 +91,7 @@ def main(
     ] = None,
     threads: Annotated[list[int] | None, typer.Option(help="default 1, 2 and 4; on CUDA 4, 8 and 16")] = None,
     seconds: Annotated[float, typer.Option(help="per loader, over all rounds, warm-up excluded")] = 20.0,
-    device: str = "cpu",
+    device: Literal["cpu", "cuda"] = "cpu",
     hw_decoder_load: Annotated[list[float] | None, typer.Option(help="CUDA only; default 0, 0.35, 0.65, 0.9")] = None,
     memory_steps: Annotated[int | None, typer.Option(help="watched for growth; default 2000 on CUDA")] = None,
     out: Annotated[Path, typer.Option(help="folder of loader.csv and the plot")] = RECORDS,
@@ -116,7 +116,8 @@ def main(
         "views": " ".join([preset, *(view or ())]),
         "size": size,
         "batch_size": batch_size,
-        **environment(),  # taken before anything runs, so that `load` is that of others
+        "peers_files": ", ".join(sorted({path.suffix.lower() for path in images.glob("*/*")})) if images else "",
+        **environment(device),  # taken before anything runs, so that `load` is that of others
     }
     rows: list[dict[str, Any]] = []
 
@@ -283,7 +284,7 @@ def simclr_transform(transforms: Any, to_float: Callable[[Any], Tensor], c: View
 
 def batches_of(task: Task, dataset: Any, **options: Any) -> Batches:
     """A DataLoader with one worker per core over ((view, view), label)."""
-    options |= {"num_workers": task.threads, "multiprocessing_context": "fork"}
+    options |= {"num_workers": task.threads, "multiprocessing_context": "fork", "pin_memory": task.device == "cuda"}
     loader = torch.utils.data.DataLoader(dataset, persistent_workers=True, **options)
     for views, _ in loader:
         yield len(views[0]), views
@@ -554,7 +555,7 @@ def memory_growth(task: Task, steps: int) -> float:
     for step in range(1, steps + 1):
         next(batches)
         if step in (early, steps):
-            held.append(held_mib())
+            held.append(held_mib(task.device))
     return held[-1] - held[0]
 
 
@@ -625,7 +626,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     )
     right.bar_label(bars, [f" {row['cpu_ms']} ms, {row['images_per_s']} images/s" for row in loaders], fontsize=8)
     right.margins(x=0.5)
-    right.set(xlabel="CPU ms per source image", title=f"two views from the same files, {counts[-1]} threads or workers")
+    right.set(xlabel="CPU ms per source image", title=f"two views of the same images, {counts[-1]} threads or workers")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     first = rows[0]

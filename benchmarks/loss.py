@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import typer
@@ -42,7 +42,7 @@ FORWARD, BOTH = "forward", "forward+backward"
 
 
 def main(
-    device: str = "cpu",
+    device: Literal["cpu", "cuda"] = "cpu",
     rows: Annotated[list[int] | None, typer.Option(help="2n; default 512 to 16384, on CUDA to 131072")] = None,
     dim: int = 128,
     temperature: float = 0.1,
@@ -169,7 +169,7 @@ def cpu_limits(rows: int, dim: int) -> dict[str, dict[str, Callable[[], object]]
 def cuda_limits(rows: int, dim: int) -> dict[str, dict[str, float]]:
     """Milliseconds: M^2 D flop forwards and 5 M^2 D in all, M^2 / 2 exponentials forwards and 3 M^2 / 2 in all."""
     square = torch.randn(8192, 8192, device="cuda", dtype=torch.float16)
-    ms = time_interleaved({"mm": lambda: square @ square}, warmup=3, min_runs=10)["mm"].median
+    ms = time_interleaved({"mm": lambda: square @ square}, "cuda", warmup=3, min_runs=10)["mm"].median
     flop_per_ms = 2 * 8192**3 / ms
     properties = torch.cuda.get_device_properties(0)
     exp_per_ms = 16 * properties.multi_processor_count * properties.clock_rate  # clock_rate is in kHz
@@ -193,15 +193,15 @@ def sweep(device: str, sizes: list[int], dim: int, temperature: float, budget_s:
         torch.manual_seed(0)
         z = torch.randn(rows, dim, device=device, requires_grad=True)
         losses = contestants(device, rows, dim, temperature)
-        where = environment()
+        where = environment(device)
         for mode in (FORWARD, BOTH):
             runs = {label: _step(loss, z, mode) for label, loss in losses.items()}
             limits = cpu_limits(rows, dim)[mode] if device == "cpu" else {}
-            timings = time_interleaved(runs | limits, min_runs=5 if rows < 8192 else 3, budget_s=budget_s)
+            timings = time_interleaved(runs | limits, device, min_runs=5 if rows < 8192 else 3, budget_s=budget_s)
             if device == "cuda":
                 timings |= {what: Timing(ms, ms, ms, 0) for what, ms in cuda_limits(rows, dim)[mode].items()}
             for label, timing in timings.items():
-                peak = f"{peak_extra_mib(runs[label]):.1f}" if label in runs else ""
+                peak = f"{peak_extra_mib(runs[label], device):.1f}" if label in runs else ""
                 row = {"what": "nt_xent", "implementation": label, "mode": mode, "rows": rows, "dim": dim}
                 row |= {"temperature": temperature, **_ms(timing), "peak_mib": peak, **where}
                 rows_of_record.append(row)
@@ -308,7 +308,7 @@ def tune_kernels(dim: int, temperature: float) -> None:
     from model import nt_xent_triton as kernels
 
     scale, bits = math.log2(math.e) / temperature, module.shift(temperature)
-    where = environment()
+    where = environment("cuda")
     for rows in (2048, 16384, 65536):
         n = rows // 2
         u = torch.nn.functional.normalize(torch.randn(rows, dim, device="cuda")).half()
@@ -330,7 +330,7 @@ def tune_kernels(dim: int, temperature: float) -> None:
                     print(f"{name} {cut}: {type(error).__name__}")
                 else:
                     runs[f"{name}|{cut}"] = job
-        timings = time_interleaved(runs, warmup=2, min_runs=10, max_runs=30, budget_s=20)
+        timings = time_interleaved(runs, "cuda", warmup=2, min_runs=10, max_runs=30, budget_s=20)
         for label, timing in sorted(timings.items(), key=lambda item: item[1].median):
             name, cut_text = label.split("|")
             row = {"what": name, "shape": cut_text, "rows": rows, "dim": dim, **_ms(timing), **where}
@@ -345,7 +345,7 @@ def record_kernels() -> None:
     """Compiles every shipped configuration for sm_80 and sm_90 into records/loss_kernels.csv."""
     from model import nt_xent_triton as kernels
 
-    versions = environment()
+    versions = environment("cpu")
     for capability in (80, 90):
         for operands in ("fp16", "bf16", "tf32", "fp32"):
             for dim in (64, 128, 256, 512):

@@ -1,15 +1,15 @@
 """How the benchmarks measure, and how they write it down.
 
-environment() -> dict                       where: processor, GPU, driver, versions, commit, date
-time_interleaved({name: f}) -> {name: ms}   all contestants in turn, so that a busy machine slows all alike
-peak_extra_mib(f) -> float                  most memory in use during f() above what was in use before
+environment(device) -> dict                 where and how: GPU, processor, driver, versions, command, commit, date
+time_interleaved({name: f}, device)         all contestants in turn, so that a busy machine slows all alike
+peak_extra_mib(f, device) -> float          most memory in use during f() above what was in use before
 count_kernels(f) -> int                     kernels that f() launches on a GPU, by the profiler
-held_mib() -> float                         memory in use now: of the GPU where there is one, else of this process
-peak_host_mib() -> float                    most that this process and its workers have been resident with, so far
+held_mib(device) -> float                   memory in use now: of the GPU, or on "cpu" of this process
+peak_host_mib() -> float                    most that this process has been resident with, and what its workers add
 gpu_watch() -> [Reading]                    utilisation and power while its block ran, as the driver tells
 cpu_seconds() -> float                      processor time of this process and of its workers, so far
 stolen_s() -> float                         processor time that a virtual machine did not get, so far
-append(record, rows)                        rows are added to a CSV, never edited
+append(record, rows), read(record) -> rows  rows are added to a CSV, never edited
 die_with_parent()                           no process of a benchmark that was killed goes on using the machine
 """
 
@@ -24,17 +24,18 @@ import itertools
 import multiprocessing
 import os
 import platform
+import shlex
 import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -52,10 +53,14 @@ class Timing:
     runs: int
 
 
-def environment() -> dict[str, str]:
-    """What a timing depends on and a reader cannot know. Columns every record shares."""
+def environment(device: str = "") -> dict[str, str]:
+    """What a timing depends on and a reader cannot know. Columns every record shares.
+
+    `device` is what was measured on, "cuda" or "cpu"; by default the GPU where there is one, as train.py trains.
+    """
     gpu = driver = ""
-    if torch.cuda.is_available():
+    program = Path(sys.argv[0]).resolve()
+    if (device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cuda":
         gpu = torch.cuda.get_device_name()
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
@@ -70,11 +75,14 @@ def environment() -> dict[str, str]:
         "dali": _version("nvidia-dali-cuda130") or _version("nvidia-dali-cuda120"),
         "commit": _commit(),
         "date": datetime.date.today().isoformat(),
+        "processor": _processor(),
+        "command": shlex.join([f"{program.parent.name}.{program.stem}", *sys.argv[1:]]),
     }
 
 
 def time_interleaved(
     contestants: Mapping[str, Callable[[], object]],
+    device: str,
     *,
     warmup: int = 1,
     min_runs: int = 5,
@@ -82,7 +90,6 @@ def time_interleaved(
     budget_s: float = 5.0,
 ) -> dict[str, Timing]:
     """Times every contestant once per round, for as many rounds as fit the budget (in seconds, for all together)."""
-    cuda = torch.cuda.is_available()
     for run in contestants.values():
         for _ in range(warmup):
             run()
@@ -90,7 +97,7 @@ def time_interleaved(
     start, rounds = time.perf_counter(), 0
     while rounds < min_runs or (rounds < max_runs and time.perf_counter() - start < budget_s):
         for name, run in contestants.items():
-            times[name].append(_cuda_ms(run) if cuda else _cpu_ms(run))
+            times[name].append(_cuda_ms(run) if device == "cuda" else _cpu_ms(run))
         rounds += 1
     return {name: timing(values) for name, values in times.items()}
 
@@ -117,14 +124,14 @@ class Marks:
         return [(b - a) * 1e3 for a, b in itertools.pairwise(self.points)]
 
 
-def peak_extra_mib(run: Callable[[], object]) -> float:
+def peak_extra_mib(run: Callable[[], object], device: str) -> float:
     """MiB that run() needs above what is in use before it. Warm up first, or its one-time buffers count as well.
 
     On CUDA what the allocator hands out; on the CPU the resident memory of this process (Linux only), which sees the
     libraries' own buffers too.
     """
     gc.collect()
-    if torch.cuda.is_available():
+    if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
@@ -133,9 +140,9 @@ def peak_extra_mib(run: Callable[[], object]) -> float:
         return (torch.cuda.max_memory_allocated() - held) / 2**20
     ctypes.CDLL(None).malloc_trim(0)  # memory that was freed but not returned would hide as much of what run() takes
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak, to what is resident now
-    before = _resident_mib("VmRSS")
+    before = _mib("self/status", "VmRSS")
     run()
-    return _resident_mib("VmHWM") - before
+    return _mib("self/status", "VmHWM") - before
 
 
 def count_kernels(run: Callable[[], object]) -> int:
@@ -144,29 +151,33 @@ def count_kernels(run: Callable[[], object]) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
         run()
         torch.cuda.synchronize()
-    names = [event.name for event in seen.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    return sum(not name.startswith(("Memcpy", "Memset")) for name in names)
+    return sum(not event.name.startswith(("Memcpy", "Memset")) for event in on_gpu(seen.events()))
 
 
-def held_mib() -> float:
-    """MiB in use: of the GPU by all processes, DALI's share included; without a GPU those resident of this process."""
-    if torch.cuda.is_available():
+def on_gpu(events: Iterable[Any]) -> list[Any]:
+    """Of a profiler's events or averages those of the GPU itself, without the ranges that programs name around them."""
+    cuda = torch.autograd.DeviceType.CUDA
+    return [event for event in events if event.device_type == cuda and not event.is_user_annotation]
+
+
+def held_mib(device: str) -> float:
+    """MiB in use: of the GPU by all processes, DALI's share included; on "cpu" those resident of this process."""
+    if device == "cuda":
         free, total = torch.cuda.mem_get_info()
         return (total - free) / 2**20
-    return _resident_mib("VmRSS")
+    return _mib("self/status", "VmRSS")
 
 
 def peak_host_mib() -> float:
-    """MiB: the most that this process has had resident, and each of its multiprocessing workers (Linux only).
+    """MiB: the most that this process has had resident, and what its workers hold for themselves now (Linux only).
 
-    Pages that they share count once for each.
+    Most of what a forked worker is resident with are its parent's pages, which take memory once.
     """
-    workers = (str(worker.pid) for worker in multiprocessing.active_children())
-    return sum(_resident_mib("VmHWM", process) for process in ("self", *workers))
+    workers = (worker.pid for worker in multiprocessing.active_children())
+    return _mib("self/status", "VmHWM") + sum(_mib(f"{pid}/smaps_rollup", "Private_") for pid in workers)
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(NamedTuple):
     """What nvidia-smi says of one GPU at one moment."""
 
     utilisation_percent: float
@@ -227,24 +238,30 @@ def die_with_parent() -> None:
 
 
 def append(record: Path | str, rows: Sequence[Mapping[str, object]]) -> None:
-    """Adds rows to a CSV in benchmarks/records/ (or at a path of its own), which keeps the columns it began with."""
-    path = RECORDS / record
-    if not rows:
-        return
-    columns = list(rows[0])
-    if path.exists():
-        with path.open(newline="") as file:
-            columns = next(csv.reader(file))
-    unknown = {key for row in rows for key in row if key not in columns}
-    if unknown:
-        raise ValueError(f"{path.name} has no columns {sorted(unknown)}; new columns need a new record")
-    fresh = not path.exists()
+    """Adds rows to a CSV in benchmarks/records/ (or at a path of its own). What stands there stays; a column that is
+    new goes to the end, and is empty in older rows."""
+    path, older = RECORDS / record, read(record)
+    columns = list(dict.fromkeys(itertools.chain(*older[:1], *rows)))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        if fresh:
+    if rows and older and columns == list(older[0]):
+        with path.open("a", newline="") as file:
+            csv.DictWriter(file, columns, restval="").writerows(rows)
+    elif rows:
+        whole = path.with_name(f".{path.name}")
+        with whole.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns, restval="")
             writer.writeheader()
-        writer.writerows(rows)
+            writer.writerows([*older, *rows])
+        whole.replace(path)
+
+
+def read(record: Path | str) -> list[dict[str, str]]:
+    """All rows of a record, none if there is no such file."""
+    path = RECORDS / record
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def timing(values: Sequence[float]) -> Timing:
@@ -271,11 +288,12 @@ def _cuda_ms(run: Callable[[], object]) -> float:
     return start.elapsed_time(stop)
 
 
-def _resident_mib(field: str, process: str = "self") -> float:
-    for line in Path(f"/proc/{process}/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError(f"no {field} in /proc/{process}/status; memory on the CPU is measured on Linux only")
+def _mib(file: str, field: str) -> float:
+    """The sum of the lines of a file in /proc that begin so, which are in kB."""
+    found = [line.split()[1] for line in Path("/proc", file).read_text().splitlines() if line.startswith(field)]
+    if not found:
+        raise RuntimeError(f"no {field} in /proc/{file}; memory on the CPU is measured on Linux only")
+    return sum(map(int, found)) / 1024
 
 
 def _processor() -> str:

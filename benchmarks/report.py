@@ -11,7 +11,6 @@ fails the check too: it would have no record.
 
 from __future__ import annotations
 
-import csv
 import itertools
 import re
 import statistics
@@ -21,7 +20,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.measure import RECORDS
+from benchmarks.measure import RECORDS, read
 
 Row = dict[str, str]
 
@@ -81,14 +80,6 @@ def faults(text: str, records: Path) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------------------ records
-
-
-def read(path: Path) -> list[Row]:
-    """All rows of a record, none if there is no such file."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def newest(rows: Iterable[Row], keys: Sequence[str], each: Sequence[str] = ()) -> list[Row]:
@@ -163,7 +154,10 @@ def conditions(rows: Sequence[Row], record: str, plot: str = "") -> str:
     loads = sorted(float(row["load"]) for row in rows)
     load = f"{loads[0]:g}" if loads[0] == loads[-1] else f"{loads[0]:g} to {loads[-1]:g}"
     parts = [all_of("device"), f"driver {all_of('driver')}" if all_of("driver") else ""]
-    parts += [f"threads {all_of('threads')}" if all_of("threads") else "", f"load {load}", f"torch {all_of('torch')}"]
+    parts += [all_of("processor") if all_of("driver") else ""]  # without a GPU it is the device
+    parts += [f"threads {all_of('threads')}" if all_of("threads") else ""]
+    parts += [f"the loader's {all_of('loader_threads')}" if all_of("loader_threads") else ""]
+    parts += [f"load {load}", f"torch {all_of('torch')}"]
     parts += [f"DALI {all_of('dali')}", f"commit {all_of('commit')}", all_of("date")]
     link = f", [plot](benchmarks/records/{plot})" if plot else ""
     return f"\n{', '.join(part for part in parts if part)}; `{record}`{link}\n"
@@ -289,7 +283,9 @@ def loader(rows: list[Row]) -> str:
                 ]
                 for row in peers
             ]
-            text += f"\n{title}:\n\n" + table(["loader", "images/s", "CPU ms per image", "of ours"], lines)
+            files = first.get("peers_files") or "as they are, perhaps compressed where the shards are not"
+            text += f"\n{title}; the others, but for webdataset, read the same images in class folders: {files}.\n\n"
+            text += table(["loader", "images/s", "CPU ms per image", "of ours"], lines)
         if stages:
             counts = parted(by_number(stages, "threads"), "threads")
             lines = []
@@ -379,8 +375,18 @@ def sweep(rows: list[Row]) -> str:
             f"\n{kind(part[0])}; images/s of the loader alone, the step alone on synthetic views, and both together, "
         )
         text += "with the median of the rounds' ratios (p20 to p80).\n\n"
-        text += table(head, lines) + conditions(part, "sweep.csv", sweep_plot(part[0]))
+        text += table(head, lines) + source(part) + conditions(part, "sweep.csv", sweep_plot(part[0]))
     return text + "\n"
+
+
+def source(rows: Sequence[Row]) -> str:
+    """The images of a sweep's rows, and the command that measured them, batch sizes apart."""
+    data = dict.fromkeys(row["data"] for row in rows if row.get("data"))
+    times = sorted({int(row["repeats"]) for row in rows if row.get("repeats")})
+    spread = " to ".join(map(str, dict.fromkeys((times[0], times[-1])))) if times else ""
+    listed = f", listed {spread} times, so in memory" if times else ""
+    commands = dict.fromkeys(re.sub(r" --batch-size \d+", "", row["command"]) for row in rows)
+    return f"\n{' and '.join(data) or 'Images as in the command'}{listed}: `{'`, `'.join(commands)}`\n"
 
 
 def kind(row: Row) -> str:
@@ -394,7 +400,8 @@ def newest_sweeps(rows: list[Row], *each: str) -> list[list[Row]]:
     """The newest rows of every preset, number of processes and batch size, of what each was last run on and with."""
     found = []
     for part in parted(rows, "preset", "world_size"):
-        alike = [row for row in part if all(row[name] == part[-1][name] for name in ("device", "encoder", "size"))]
+        names = [name for name in ("device", "encoder", "size", "precision", "data") if name in part[-1]]
+        alike = [row for row in part if all(row[name] == part[-1][name] for name in names)]
         found.append(by_number(newest(alike, ["batch_size"], each), "batch_size"))
     return found
 
@@ -409,15 +416,17 @@ def against(rows: list[Row]) -> str:
     for part in newest_sweeps(rows, "what"):
         lines = []
         for row in part:
-            ratio, low, high = (f"{float(row[name]):.2f}" for name in ("ratio_to_ours", "ratio_p20", "ratio_p80"))
-            ratio = f"{ratio} x ({low} to {high}{', noisy' if row['status'] == 'noisy' else ''})"
+            ratio = row["status"]
+            if row["ratio_to_ours"]:
+                ratio, low, high = (f"{float(row[name]):.2f}" for name in ("ratio_to_ours", "ratio_p20", "ratio_p80"))
+                ratio = f"{ratio} x ({low} to {high}{', noisy' if row['status'] == 'noisy' else ''})"
             values = [number(row[name]) for name in ("images_per_s", "cpu_ms_per_image", "peak_host_mib")]
             values.insert(1, ratio)
             lines.append([row["batch_size"], row["what"], *values])
         text += f"\n{kind(part[0])}; the same model and images through other loaders and losses; the median "
         text += f"of {part[0]['rounds']} rounds' ratios (p20 to p80), and processor time with workers.\n\n"
         text += table(["batch", "training with", "images/s", "of ours", "CPU ms per image", "host MiB"], lines)
-        text += conditions(part, "against.csv", against_plot(part[0]))
+        text += source(part) + conditions(part, "against.csv", against_plot(part[0]))
     return text + "\n"
 
 
@@ -429,7 +438,8 @@ def scaling(rows: list[Row]) -> str:
     """How far the scaling model is from what processes measured: predicted here from the pieces on record."""
     from benchmarks.scaling import pieces_of, predict
 
-    text = "\nThe scaling model against processes of one thread each, which share the cores and talk through gloo:\n"
+    text = "\nThe scaling model against processes of one thread each, which share the cores and talk through gloo. "
+    text += "Predicted is what talking adds: compute is that of as many processes that do not talk.\n"
     for part in parted(newest(rows, ["device", "images", "world_size"]), "device", "images"):
         lines = []
         for row in by_number(part, "world_size"):
@@ -498,13 +508,18 @@ def draw_sweep(rows: Sequence[Row], path: Path) -> None:
             axes.plot(sizes, values(name), label=label, **{"marker": "o"} | style)  # type: ignore[attr-defined]
 
     line(speed, "loader_images_per_s", "loader alone", color="C0")
-    line(speed, "synthetic_images_per_s", "step alone, synthetic views", color="0.6", marker="s", markersize=9)
+    hollow = {"marker": "s", "markersize": 10, "markerfacecolor": "none"}
+    line(speed, "synthetic_images_per_s", "step alone, synthetic views", color="0.4", **hollow)
     line(speed, "together_images_per_s", "both together", color="C3")
     speed.set(title="throughput", ylabel="source images/s", yscale="log")
     line(share, "ratio", "median of the rounds", color="C3")
     share.fill_between(
         sizes, values("ratio_p20"), values("ratio_p80"), color="C3", alpha=0.2, linewidth=0, label="p20 to p80"
     )
+    noisy = [row["status"] == "noisy" for row in rows]
+    if any(noisy):
+        at = [(size, ratio) for size, ratio, is_so in zip(sizes, values("ratio"), noisy, strict=True) if is_so]
+        share.plot(*zip(*at, strict=True), "o", color="C3", markerfacecolor="white", label="noisy: no verdict")
     share.axhline(ENOUGH, color="0.5", linestyle="--", linewidth=1, label=f"{ENOUGH}: from here on the model limits")
     share.set(title="together / synthetic", ylabel="ratio of the rates")
     line(memory, "peak_device_mib", "device")
@@ -512,7 +527,7 @@ def draw_sweep(rows: Sequence[Row], path: Path) -> None:
     memory.set(title="peak memory", ylabel="MiB")
     line(stall, "data_wait_percent", "time waiting for images", color="C3")
     stall.set(title="stall", ylabel="% of the step")
-    for axes in (share, memory, stall):
+    for axes in (memory, stall):
         axes.set_ylim(0, 1.15 * max(1e-9, axes.get_ylim()[1]))
     speed.yaxis.set_major_formatter(ScalarFormatter())
     speed.yaxis.set_minor_formatter(ScalarFormatter() if spans(speed.get_ylim()) < 30 else NullFormatter())
@@ -543,16 +558,23 @@ def draw_against(rows: Sequence[Row], path: Path) -> None:
     figure = Figure(figsize=(8, 1.2 + 0.3 * len(rows)), layout="constrained")
     axes = figure.subplots()
     colours = ["C3" if row["what"] == rows[0]["what"] else "0.7" for row in rows]
-    bars = axes.barh(places, [float(row["images_per_s"]) for row in rows], 0.8, color=colours)
-    axes.bar_label(bars, [f" {number(row['images_per_s'])}, {float(row['ratio_to_ours']):.2f} x" for row in rows])
+    bars = axes.barh(places, [float(row["images_per_s"] or 0) for row in rows], 0.8, color=colours)
+    axes.bar_label(bars, [f" {told(row)}" for row in rows], fontsize=8)
     axes.set_yticks(places, [f"{row['what']}, batch {row['batch_size']}" for row in rows])
     axes.invert_yaxis()
-    axes.margins(x=0.2)
-    axes.set(xlabel="source images/s in training")
+    axes.margins(x=0.35)
+    axes.set(xlabel="source images/s in training, and the median of the rounds' ratios to ours")
     axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title(rows), fontsize=8)
     figure.savefig(path, dpi=120)
     typer.echo(f"plot: {path.name}")
+
+
+def told(row: Row) -> str:
+    """A contestant's rate, its ratio to ours, and what is wrong with either."""
+    parts = [number(row["images_per_s"]), f"{float(row['ratio_to_ours']):.2f} x" if row["ratio_to_ours"] else ""]
+    parts.append(row["status"] if row["status"] != "ok" else "")
+    return ", ".join(part for part in parts if part)
 
 
 def title(rows: Sequence[Row]) -> str:

@@ -65,7 +65,7 @@ def main(
                 next(iter(evaluate(kind, *sets, *options, *weights)["scores"].values()))["top1"]
                 for weights in ([], ["--random-init"])
             )
-        conditions = {"command": config["command"], **facts, "threads": config["cpu_threads"] or ""}
+        conditions = {**facts, "command": config["command"], "threads": config["cpu_threads"] or ""}
         append(record, [{**row, **conditions}])
         scores = "knn", "logistic", "finetune", "scratch", "knn_random", "logistic_random"
         typer.echo(f"{run}: " + ", ".join(f"{key} {100 * row[key]:.2f} %" for key in scores))

@@ -44,8 +44,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import typer
 
-from benchmarks.measure import RECORDS, append, environment
-from benchmarks.report import Row, by_number, newest, read
+from benchmarks.measure import RECORDS, append, environment, read, timing
+from benchmarks.report import Row, by_number, newest
 from benchmarks.step import PARTS, Step, build_network
 
 IMAGENET_IMAGES = 1_281_167
@@ -240,7 +240,7 @@ def plot(predictions: Sequence[Prediction], title: str, path: Path) -> None:
 
 def main(
     batch_size: Annotated[int, typer.Option(help="images per step, over all processes")] = 4096,
-    processes: Annotated[list[int] | None, typer.Option(help="default 1, 2, 4 ... 1024")] = None,
+    processes: Annotated[list[int] | None, typer.Option(min=1, help="default 1, 2, 4 ... 1024, as divide it")] = None,
     device: Annotated[Literal["cuda", "cpu"], typer.Option(help="whose records")] = "cuda",
     depth: Annotated[int, typer.Option(help="of the ResNet")] = 50,
     size: Annotated[int, typer.Option(help="of the views in px")] = 224,
@@ -269,6 +269,8 @@ def main(
     for name, one, other in (("step", step_ms, step_images), ("loss", loss_ms, loss_rows)):
         if (one is None) != (other is None):
             raise typer.BadParameter("the milliseconds and their size are given together", param_hint=f"--{name}-ms")
+    if pass_images and step_ms is not None:
+        raise typer.BadParameter("chooses among measured passes; --step-images is that of the step given")
     if not 0 <= overlap <= 1:
         raise typer.BadParameter(f"expected 0 to 1, got {overlap}", param_hint="--overlap")
     given: dict[str, Any] = {
@@ -293,7 +295,7 @@ def main(
             "pass_images": step_images,
         }
     predictions, sources = [], []
-    for world_size in processes or [2**k for k in range(11)]:
+    for world_size in processes or [2**k for k in range(11) if batch_size % 2**k == 0]:
         found, source = given, "a step as given, not measured here"
         if step_ms is None:
             n = batch_size // world_size
@@ -337,7 +339,7 @@ def measure_processes(
     world_size: int, *, images: int = 32, depth: int = 18, width: float = 0.25, rounds: int = 15, record: str
 ) -> None:
     """One row: the step of so many gloo processes of a thread each, and the pieces that it is predicted from."""
-    where = environment() | {"threads": "1"}
+    where = environment("cpu") | {"threads": "1"}
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_process, (world_size, images, depth, width, rounds, folder), nprocs=world_size)
         found = json.loads((Path(folder) / "found.json").read_text())
@@ -381,9 +383,8 @@ def _process(rank: int, world_size: int, images: int, depth: int, width: float, 
         if network:
             small, large = (statistics.median(column) for column in zip(*network, strict=True))
             found |= {"latency_us": 1e6 * small / 2, "bandwidth_mb_s": num_bytes / max(large - small, 1e-9) / 1e6}
-        ordered = sorted(together)
-        found |= {"step_ms": statistics.median(ordered), "p20_step_ms": ordered[round(0.2 * (rounds - 1))]}
-        found |= {"p80_step_ms": ordered[round(0.8 * (rounds - 1))]}
+        talked = timing(together)
+        found |= {"step_ms": talked.median, "p20_step_ms": talked.p20, "p80_step_ms": talked.p80}
         (Path(folder) / "found.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()

@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -96,7 +96,7 @@ class Step:
 
 
 def main(
-    device: str = "cpu",
+    device: Literal["cpu", "cuda"] = "cpu",
     depth: Annotated[int | None, typer.Option(help="default 18, on CUDA 50")] = None,
     width: float = 1.0,
     size: Annotated[int | None, typer.Option(help="of the views in px; default 32, on CUDA 224")] = None,
@@ -179,7 +179,7 @@ def sweep(
             else:
                 parts[name].append(step.parts_ms())
                 totals[name].append(sum(parts[name][-1]))
-    flop_per_view, where = model_flop(network["depth"], network["width"], size), environment()
+    flop_per_view, where = model_flop(network["depth"], network["width"], size), environment(device)
     rates = {each: product_flop_per_s(device, each) for each in {kind["precision"] for kind in kinds}}
     if main:
         typer.echo(f"\nResNet-{network['depth']}, {size} px, {images} images x {world_size} on {where['device']}")
@@ -190,7 +190,7 @@ def sweep(
     for name, (kind, step) in steps.items():
         if cuda:
             _refuse_waiting(step)
-        total, peak = timing(totals[name]), peak_extra_mib(step)
+        total, peak = timing(totals[name]), peak_extra_mib(step, device)
         medians = [f"{statistics.median(column):.4g}" for column in zip(*parts[name], strict=True)] or [""] * len(PARTS)
         images_per_s = 1e3 * images * world_size / total.median
         mfu = flop_per_view * 2 * images / (total.median / 1e3) / rates[kind["precision"]]
@@ -221,7 +221,8 @@ def product_flop_per_s(device: str, precision: str) -> float:
     """The rate of one large matrix product."""
     n = 8192 if device == "cuda" else 1024
     square = torch.randn(n, n, device=device, dtype=TYPES[precision])
-    ms = time_interleaved({"mm": lambda: square @ square}, warmup=3, min_runs=10, max_runs=20)["mm"].median
+    timings = time_interleaved({"mm": lambda: square @ square}, device, warmup=3, min_runs=10, max_runs=20)
+    ms = timings["mm"].median
     return 2 * n**3 / ms * 1e3
 
 

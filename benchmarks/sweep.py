@@ -23,16 +23,13 @@ for. Rows go to records/sweep.csv and records/against.csv; benchmarks/report.py 
 from __future__ import annotations
 
 import contextlib
-import csv
 import itertools
 import math
 import multiprocessing
 import os
-import shlex
 import signal
 import socket
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -48,7 +45,7 @@ import torch.distributed as dist
 import typer
 from torch import Tensor
 
-from benchmarks.loader import PEERS, Batches, Task, interleaved, stages, standing_still
+from benchmarks.loader import PEERS, Batches, Task, Turn, interleaved, stages, standing_still
 from benchmarks.measure import (
     RECORDS,
     Marks,
@@ -58,7 +55,9 @@ from benchmarks.measure import (
     environment,
     gpu_watch,
     held_mib,
+    on_gpu,
     peak_host_mib,
+    read,
     stolen_s,
     timing,
 )
@@ -72,11 +71,12 @@ from train import RECIPES, Setup, TrainConfig, build_accelerator, build_training
 
 BATCH_SIZES = (256, 512, 1024, 2048, 4096, 8192)
 ENOUGH = 0.97  # together / synthetic from which on the model limits
-NOISE = 0.03  # together / synthetic known no better than so: then a verdict must be clear
 RIVALS_NOISE = 0.1  # of a rival's ratio to ours, known no better than this share of it
 CALM = 0.02  # share of the processors' time that a hypervisor may take in a round that counts
 FEWEST, MOST = 3, 40  # rounds
 RIVALS_ROUNDS = 5
+WORKERS_BATCH = 64  # images at most: each worker of a DataLoader holds two ready, of a GPU's micro-batches gigabytes
+READY = 4  # times what all workers hold ready is a rival's turn, at least
 TURN_MS = 1000.0  # of each of the three in a round, at least
 QUEUED = 4  # micro-batches, at least as many as the loader holds ready
 WASTE = 0.01  # of an epoch may be read and dropped at its end
@@ -100,18 +100,22 @@ PRESETS: dict[str, TrainConfig] = {
     "cifar10": RECIPES["cifar10"],
 }
 
-# What others train with: the loader of benchmarks/loader.py, and the loss. solo-learn's own graph and loss are rebuilt:
-# DALI with masks, and the whole matrix of similarities.
+# What others train with: the loader of benchmarks/loader.py, the loss, and whether workers load. solo-learn's own graph
+# and loss are rebuilt: DALI with masks, and the whole matrix of similarities.
 CONTESTANTS = {
-    "lightly": ("lightly", "lightly"),
-    "solo": ("DALI, masks", "reference"),
-    "torchvision": ("torchvision, PIL", "reference"),
+    "lightly": ("lightly", "lightly", True),
+    "solo": ("DALI, masks", "reference", False),
+    "torchvision": ("torchvision, PIL", "reference", True),
 }
 
 FOUND = (
     *("micro_batch", "rounds", "loader_images_per_s", "synthetic_images_per_s", "together_images_per_s"),
-    *("ratio", "ratio_p20", "ratio_p80", "data_wait_percent", "step_ms_p50", "step_ms_p95"),
+    *("ratio", "ratio_unknown", "ratio_p20", "ratio_p80", "data_wait_percent", "step_ms_p50", "step_ms_p95"),
     *("peak_device_mib", "peak_host_mib", "gpu_utilisation_percent", "gpu_power_w"),
+)
+CONTESTED = (
+    *("rounds", "images_per_s", "ratio_to_ours", "status", "ratio_p20", "ratio_p80", "cpu_ms_per_image"),
+    "peak_host_mib",
 )
 
 
@@ -131,12 +135,14 @@ def main(
     profile: Annotated[Path | None, typer.Option(help="write traces to this folder, and measure nothing")] = None,
     out: Annotated[Path, typer.Option(help="folder of sweep.csv and against.csv")] = RECORDS,
 ) -> None:
-    """Measure loader, step and both at every batch size; exit code 1 where --check finds a ratio fallen."""
+    """Measure loader, step and both at every batch size; exit code 1 where one fails, or has fallen below --check."""
     with one_message("sweep"), contextlib.ExitStack() as stack:
         if preset not in PRESETS:
             raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
         rivals = contestants(against, images)
-        baseline = read_rows(check) if check else []
+        if check and not check.is_file():
+            raise ValueError(f"--check {check}: no such file; it is a record of this command, such as sweep.csv")
+        baseline = read(check.resolve()) if check else []
         if profile and (against or check):
             raise ValueError("--profile measures nothing; leave out --against and --check")
         changes: dict[str, Any] = {"depth": depth, "width": width, "micro_batch": micro_batch}
@@ -144,28 +150,33 @@ def main(
         config = replace(config, views=make_views(config.views, {"size": size} if size else {}))
         cores = share_of_cores()
         config = replace(config, cpu_threads=config.cpu_threads or cores, num_threads=config.num_threads or cores)
+        name, facts = shards.name if shards else "demo", environment()  # taken first, so that `load` is that of others
         if shards is None:
             shards = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "demo"
             write_demo(shards)
             shards /= "train"
         config = replace(config, data=str(shards))
-        read_dataset(config.data)  # what is wrong with it is told once, not in each row
+        data = f"{name}, {read_dataset(config.data).samples} images"  # what is wrong with it is told once
         ranks = stack.enter_context(processes())
         cases = [at_batch(config, size, ranks.world_size) for size in batch_size or BATCH_SIZES]
         if profile:
-            for case in cases:
-                ranks.run(trace, case, profile.resolve())
+            ended = {case.batch_size: ranks.run(trace, case, profile.resolve())[0] for case in cases}
+            if failed := [f"{size} images: {status}" for size, status in ended.items() if status != "ok"]:
+                print("\n".join(failed))
+                raise typer.Exit(1)
             return
-        sweep = Sweep(preset, config, ranks, budget, out.resolve())
+        columns = {**facts, "data": data, "threads": config.cpu_threads, "loader_threads": config.num_threads}
+        sweep = Sweep(preset, config, ranks, budget, columns, out.resolve())
         rows = [sweep.row(case) for case in cases]
         if ranks.rank:
             return
         rows += [row for found in rows if rivals for row in sweep.against(found, rivals, images)]
         if check:
-            fallen = compare(rows, baseline, margin)
-            print("\n".join(fallen) or f"\nno ratio is more than {100 * margin:g} % below that in {check}")
-            if fallen:
-                raise typer.Exit(1)
+            fallen, unheld = compare(rows, baseline, margin)
+            print("\n".join(["", *unheld, *fallen]))
+            print(f"{len(fallen)} ratios are more than {100 * margin:g} % below those in {check}, or noisy")
+        if any(str(row["status"]).startswith("failed") for row in rows) or (check and fallen):
+            raise typer.Exit(1)
 
 
 def contestants(names: str, images: Path | None) -> list[str]:
@@ -211,19 +222,23 @@ def verdict(ratio: float, stage_ms: Mapping[str, float]) -> str:
 
 
 def uncertainty(rounds: Sequence[float]) -> float:
-    """Two standard errors of the median of normal values."""
-    return 2 * math.sqrt(math.pi / 2) * statistics.stdev(rounds) / math.sqrt(len(rounds))
+    """How far the median of normal values may be from the true one, 19 times in 20; infinite for fewer than three."""
+    n = len(rounds)
+    if n < 3:
+        return math.inf
+    student = 2 * (1 + 1.15 / (n - 2))  # the quantile of n - 1 degrees of freedom, to 2 %
+    return student * math.sqrt(math.pi / 2) * statistics.stdev(rounds) / math.sqrt(n)
 
 
 def noisy(ratio: float, unknown: float) -> bool:
     """Whether the rounds allow no verdict, as where other programs run: then a loader even seems to speed training up.
 
-    The ratio is not known to NOISE, and may be ENOUGH; or it is above 1 by more than is unknown.
+    What is known of the ratio leaves open on which side of ENOUGH it is; or it is above 1 by more than is unknown.
 
-    >>> noisy(0.98, 0.02), noisy(0.98, 0.05), noisy(0.3, 0.1), noisy(1.2, 0.01)
+    >>> noisy(0.98, 0.009), noisy(0.98, 0.02), noisy(0.3, 0.1), noisy(1.2, 0.01)
     (False, True, False, True)
     """
-    return (unknown > NOISE and ratio + unknown > ENOUGH) or ratio - 1 > max(unknown, 1 - ENOUGH)
+    return abs(ratio - ENOUGH) < unknown or ratio - 1 > max(unknown, 1 - ENOUGH)
 
 
 def stage_costs(config: TrainConfig, seconds: float) -> dict[str, float]:
@@ -313,10 +328,12 @@ def measure(config: TrainConfig, budget: float) -> dict[str, Any]:
             else:
                 settle()
             loader.wait_s = 0.0
+            accelerator.wait_for_everyone()  # or who comes first waits for the others in its step
             with gpu_watch() as readings:
                 times = turn(both, steps, cuda)
             waited = loader.wait_s
             settle()  # or the loader fills its queue in the next one's turn
+            accelerator.wait_for_everyone()
             alone = turn(compute, steps, cuda)
             together, synthetic = (1e3 * steps * config.batch_size / sum(each) for each in (times, alone))
             share = (stolen_s() - stolen) / (time.perf_counter() - began) / (os.cpu_count() or 1)
@@ -330,11 +347,12 @@ def measure(config: TrainConfig, budget: float) -> dict[str, Any]:
         if counted is seen and accelerator.is_main_process:
             disturbed = f"{len(seen) - len(calm)} of {len(seen)} rounds"
             print(f"{disturbed} were disturbed by other machines on this host; all count")
-        device_mib = held_mib() if cuda else 0.0  # with DALI's, and with what torch keeps but does not use
+        device_mib = held_mib("cuda") if cuda else 0.0  # with DALI's, and with what torch keeps but does not use
         if cuda:
             device_mib += (torch.cuda.max_memory_allocated() - torch.cuda.memory_reserved()) / 2**20
         own_loader = torch.tensor([statistics.median(each.loader for each in counted)], device=device)
-        ratio = timing([each.ratio for each in counted])
+        ratios = [each.ratio for each in counted]
+        ratio, unknown = timing(ratios), math.inf if len(calm) < FEWEST else uncertainty(ratios)
         step_times = [ms for each in counted for ms in each.step_ms]
         readings = [reading for each in counted for reading in each.readings]
         p95 = sorted(step_times)[math.ceil(0.95 * len(step_times)) - 1]
@@ -342,13 +360,12 @@ def measure(config: TrainConfig, budget: float) -> dict[str, Any]:
         values = (
             *(plan.micro_batch, len(counted), float(accelerator.gather(own_loader).sum())),
             *(statistics.median(getattr(each, name) for each in counted) for name in ("synthetic", "together")),
-            *(ratio.median, ratio.p20, ratio.p80),
+            *(ratio.median, unknown, ratio.p20, ratio.p80),
             100 * 1e3 * sum(each.waited_s for each in counted) / sum(step_times),
             *(statistics.median(step_times), p95),
             *(largest(device_mib) if cuda else None, largest(peak_host_mib()), *means),
         )
-        found = dict(zip(FOUND, values, strict=True))
-        return found | {"unknown": math.inf if counted is seen else uncertainty([each.ratio for each in counted])}
+        return dict(zip(FOUND, values, strict=True))
 
 
 @contextlib.contextmanager
@@ -417,15 +434,12 @@ def settle(limit_s: float = 5.0) -> None:
 class Sweep:
     """One command's rows, made in the order of the batch sizes, and on record as soon as they are known."""
 
-    def __init__(self, preset: str, config: TrainConfig, ranks: Ranks, budget: float, out: Path) -> None:
-        self.preset, self.config, self.ranks, self.budget, self.out = preset, config, ranks, budget, out
+    def __init__(
+        self, preset: str, config: TrainConfig, ranks: Ranks, budget: float, facts: Mapping[str, Any], out: Path
+    ) -> None:
+        self.preset, self.config, self.ranks, self.budget = preset, config, ranks, budget
+        self.facts, self.out = facts, out  # facts: columns that all rows share
         self.stage_ms: dict[str, float] = {}
-        self.facts = {
-            "command": shlex.join(["benchmarks.sweep", *sys.argv[1:]]),
-            **environment(),  # taken before anything runs, so that `load` is that of others
-            "threads": config.cpu_threads,
-            "loader_threads": config.num_threads,
-        }
 
     def row(self, config: TrainConfig) -> dict[str, Any]:
         """Measures one batch size, on all ranks; the row is the same on none but rank 0."""
@@ -434,7 +448,7 @@ class Sweep:
         if status == "ok":
             if self.ranks.world_size > 1:
                 efficiency = self.efficiency(config, found["together_images_per_s"])
-            if noisy(found["ratio"], found["unknown"]):
+            if noisy(found["ratio"], found["ratio_unknown"]):
                 status = "noisy"
             elif self.ranks.rank == 0:
                 if found["ratio"] < ENOUGH and not self.stage_ms:
@@ -470,7 +484,7 @@ class Sweep:
     def against(self, row: dict[str, Any], rivals: Sequence[str], images: Path | None) -> list[dict[str, Any]]:
         """Training with others' loaders and losses at the batch of a row, all in turn.
 
-        A turn takes a batch of every worker, for they finish theirs together.
+        A turn takes several times what a DataLoader's workers hold ready, for it may begin with that and end without.
         """
         if not row["micro_batch"]:
             return []
@@ -485,40 +499,63 @@ class Sweep:
             threads=config.num_threads,
             device="cuda" if torch.cuda.is_available() else "cpu",
         )
-        rounds = []
-        with contextlib.ExitStack() as stack:
-            turns = {}
-            steps = math.ceil(task.threads * config.micro_batch / config.batch_size)
-            for name in (OURS, *rivals):
-                batches = partial(trained, name=name, config=config)
-                turns[name] = stack.enter_context(standing_still(name, task, batches, multiple=steps, cores=cores))
-            seconds = self.budget / (RIVALS_ROUNDS * len(turns))
-            for _ in range(1 + RIVALS_ROUNDS):  # in the first, queues fill
-                rounds.append({name: turn(seconds) for name, turn in turns.items()})
-            rounds = rounds[1:]
-        rows = []
-        for name in turns:
-            rate = statistics.median(each[name].images / each[name].wall_s for each in rounds)
-            pairs = [(each[name], each[OURS]) for each in rounds]
-            ratios = [a.images / a.wall_s / (b.images / b.wall_s) for a, b in pairs]
-            ratio = timing(ratios)
-            cpu_ms = statistics.median(1e3 * each[name].cpu_s / each[name].images for each in rounds)
-            rows.append(
-                {
-                    **self.kind(config),
-                    **{"what": name, "rounds": len(rounds), "images_per_s": rounded(rate)},
-                    "ratio_to_ours": rounded(ratio.median),
-                    "status": "noisy" if uncertainty(ratios) > RIVALS_NOISE * ratio.median else "ok",
-                    **{"ratio_p20": rounded(ratio.p20), "ratio_p80": rounded(ratio.p80)},
-                    "cpu_ms_per_image": rounded(cpu_ms),
-                    "peak_host_mib": rounded(max(each[name].peak_host_mib for each in rounds)),
-                    **self.facts,
-                    **{"threads": cores, "loader_threads": cores},
-                }
-            )
+        ready = 2 * task.threads * workers_batch(config.micro_batch)
+        steps = math.ceil(READY * ready / config.batch_size)
+        names, found = [OURS, *rivals], dict[str, list[Turn] | str]()
+        # A GPU takes them one by one, each with all its memory; cores are shared with other programs, so there in turn.
+        for together in [[name] for name in names] if task.device == "cuda" else [names]:
+            with contextlib.ExitStack() as stack:
+                turns = {}
+                for name in together:
+                    batches = partial(trained, name=name, config=config)
+                    turns[name] = stack.enter_context(standing_still(name, task, batches, multiple=steps, cores=cores))
+                found |= in_rounds(turns, self.budget / (RIVALS_ROUNDS * len(names)))
+        rows = [
+            {
+                **self.kind(config),
+                "what": name,
+                **contested(taken, found[OURS]),
+                **self.facts,
+                **{"threads": cores, "loader_threads": cores},
+            }
+            for name, taken in found.items()
+        ]
         append(self.out / "against.csv", rows)
         print_against(rows)
         return rows
+
+
+def in_rounds(turns: Mapping[str, Callable[[float], Turn]], seconds: float) -> dict[str, list[Turn] | str]:
+    """The turns of each but its first, in which queues fill; or the status of what ended before its last."""
+    taken, failed = {name: list[Turn]() for name in turns}, dict[str, str]()
+    for _, name in itertools.product(range(1 + RIVALS_ROUNDS), turns):
+        if name not in failed:
+            try:
+                taken[name].append(turns[name](seconds))
+            except RuntimeError as error:
+                failed[name] = failure(error)
+    return {name: failed.get(name) or taken[name][1:] for name in turns}
+
+
+def contested(taken: list[Turn] | str, ours: list[Turn] | str) -> dict[str, Any]:
+    """The numbers of a contestant's row, from its turns and from ours of the same rounds."""
+    row: dict[str, Any] = dict.fromkeys(CONTESTED, "")
+    if isinstance(taken, str):
+        return row | {"status": taken}
+    row |= {
+        "rounds": len(taken),
+        "images_per_s": rounded(statistics.median(each.images / each.wall_s for each in taken)),
+        "status": "ok",
+        "cpu_ms_per_image": rounded(statistics.median(1e3 * each.cpu_s / each.images for each in taken)),
+        "peak_host_mib": rounded(max(each.peak_host_mib for each in taken)),
+    }
+    if isinstance(ours, str):
+        return row
+    ratios = [a.images / a.wall_s / (b.images / b.wall_s) for a, b in zip(taken, ours, strict=True)]
+    ratio = timing(ratios)
+    row |= {"ratio_to_ours": rounded(ratio.median)}
+    row |= {"ratio_p20": rounded(ratio.p20), "ratio_p80": rounded(ratio.p80)}
+    return row | ({"status": "noisy"} if uncertainty(ratios) > RIVALS_NOISE * ratio.median else {})
 
 
 def trained(task: Task, name: str, config: TrainConfig) -> Batches:
@@ -528,20 +565,39 @@ def trained(task: Task, name: str, config: TrainConfig) -> Batches:
             while True:
                 step(setup, (batch.views for batch in itertools.islice(loader, setup.plan.count)))
                 yield config.batch_size, ()
-    loader_name, loss_name = CONTESTANTS[name]
+    loader_name, loss_name, workers = CONTESTANTS[name]
+    if workers:
+        task = replace(task, batch_size=workers_batch(config.micro_batch))
     batches = PEERS[loader_name](task)
     first = next(batches)  # its workers are forked here, before torch's threads and the GPU's context are made
     torch.set_num_threads(config.cpu_threads)
     accelerator = build_accelerator(config)
     setup = build_training(config, accelerator)._replace(loss_of=rival_loss(loss_name, config.temperature))
     dtype = torch.half if setup.half else torch.float
-    views = (
-        torch.cat(list(pair)).to(accelerator.device, dtype).contiguous(memory_format=torch.channels_last)
+    pairs = (
+        [view.to(accelerator.device, dtype, non_blocking=True) for view in pair]
         for _, pair in itertools.chain([first], batches)
     )
+    views = joined(pairs, config.micro_batch // task.batch_size)
     while True:
         step(setup, views)
         yield config.batch_size, ()
+
+
+def joined(pairs: Iterator[Sequence[Tensor]], count: int) -> Iterator[Tensor]:
+    """(2m, 3, S, S) of `count` pairs of views each: all first ones, then all second ones."""
+    for few in zip(*[pairs] * count, strict=False):
+        views = [view for side in zip(*few, strict=True) for view in side]
+        yield torch.cat(views).contiguous(memory_format=torch.channels_last)
+
+
+def workers_batch(micro_batch: int) -> int:
+    """Images that a worker of a DataLoader makes at once: as many as divide a micro-batch.
+
+    >>> workers_batch(1024), workers_batch(100), workers_batch(48)
+    (64, 50, 48)
+    """
+    return max(n for n in range(1, min(micro_batch, WORKERS_BATCH) + 1) if micro_batch % n == 0)
 
 
 def rival_loss(name: str, temperature: float) -> Callable[[Tensor], Tensor]:
@@ -588,52 +644,51 @@ def print_against(rows: Sequence[Mapping[str, Any]]) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- check
 
-SAME = ("preset", "batch_size", "what", "world_size", "size", "encoder", "precision", "device")
+SAME = (
+    *("preset", "batch_size", "what", "world_size", "size", "encoder", "precision", "micro_batch", "data", "device"),
+    *("threads", "loader_threads"),
+)
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+def compare(
+    rows: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, str]], margin: float
+) -> tuple[list[str], list[str]]:
+    """(What has fallen, what was held to nothing), a line each, of together / synthetic and ours / a rival's.
 
-
-def compare(rows: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, str]], margin: float) -> list[str]:
-    """What has fallen: a line for each ratio more than `margin` of it below the newest row of the same kind.
-
-    together / synthetic, and ours / a rival's. A row that was measured and now fails has fallen too, and one that is
-    noisy now is told as well: it says nothing, in the baseline neither. ValueError if no row of the baseline is of the
-    kind of any: then nothing would be checked.
+    Fallen is a ratio more than `margin` of it below the newest of the same kind that is known; also where there is none
+    now, for the run failed, and where it is noisy, for that says nothing. ValueError if nothing could be held.
     """
 
     def kind(row: Mapping[str, Any]) -> tuple[str, ...]:
         return tuple(str(row.get(name, "")) for name in SAME)
 
-    newest = {kind(row): row for row in baseline if row.get("status") != "noisy"}  # rows are appended: the last counts
-    pairs = [(row, newest[kind(row)]) for row in rows if kind(row) in newest and row.get("what") != OURS]
-    if not pairs:
-        raise ValueError(f"no row of the baseline has the {', '.join(SAME)} of any row of this run")
-    fallen = []
-    for now, then in pairs:
-        if not ratio_of(then):
+    known = {kind(row): row for row in baseline if row.get("status") != "noisy" and ratio_of(row)}  # the last counts
+    fallen, unheld = [], []
+    for now in rows:
+        if now.get("what") == OURS:
             continue
-        if now.get("status") == "noisy":
-            fallen.append(
-                f"not held to anything at {now['batch_size']} images: its rounds differ too much; run it again"
-            )
-            continue
-        if ratio_of(now) < (1 - margin) * ratio_of(then):
-            what = f"ours / {now['what']}" if "what" in now else "together / synthetic"
+        where = f"{now['batch_size']} images" + (f", ours / {now['what']}" if "what" in now else "")
+        then = known.get(kind(now))
+        if not then:
+            unheld.append(f"held to nothing at {where}: the baseline has no such row, or only noisy ones")
+        elif now.get("status") == "noisy":
+            fallen.append(f"noisy at {where}: its rounds differ too much; run it again")
+        elif ratio_of(now) < (1 - margin) * ratio_of(then):
             state = f" ({now['status']})" if now.get("status", "ok") != "ok" else ""
             fallen.append(
-                f"fallen at {now['batch_size']} images: {what} {ratio_of(now):.3f}{state}, was {ratio_of(then):.3f} "
-                f"on {then.get('date', '')}"
+                f"fallen at {where}: {ratio_of(now):.3f}{state}, was {ratio_of(then):.3f} on {then.get('date', '')}"
             )
-    return fallen
+    if rows and len(unheld) == sum(row.get("what") != OURS for row in rows):
+        raise ValueError(
+            f"no settled row of the baseline has the {', '.join(SAME)} of any row of this run: nothing is checked"
+        )
+    return fallen, unheld
 
 
 def ratio_of(row: Mapping[str, Any]) -> float:
     """The larger, the better; 0 for a row that failed."""
     if "what" in row:
-        return 1 / float(row["ratio_to_ours"])
+        return 1 / float(row["ratio_to_ours"]) if row["ratio_to_ours"] else 0.0
     return float(row["ratio"] or 0)
 
 
@@ -658,7 +713,7 @@ def trace(config: TrainConfig, folder: Path) -> dict[str, Any]:
         path = folder / f"trace-{config.batch_size}-{accelerator.process_index}.json"
         seen.export_chrome_trace(str(path))
         if accelerator.is_main_process:
-            kernels = [event for event in seen.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+            kernels = on_gpu(seen.events())
             print(longest(seen, cuda))
             if cuda:
                 spans = [(event.time_range.start, event.time_range.end) for event in kernels]
@@ -669,9 +724,7 @@ def trace(config: TrainConfig, folder: Path) -> dict[str, Any]:
 
 def longest(seen: Any, cuda: bool, count: int = 10) -> str:
     """A table of the kernels, on a CPU the operators, that took longest by themselves."""
-    averages = seen.key_averages()
-    if cuda:
-        averages = [each for each in averages if each.device_type == torch.autograd.DeviceType.CUDA]
+    averages = on_gpu(seen.key_averages()) if cuda else seen.key_averages()
     key = "self_device_time_total" if cuda else "self_cpu_time_total"
     total = sum(getattr(each, key) for each in averages) or 1
     lines = [f"{'ms':>10} {'share':>7} {'calls':>7}  {'kernel' if cuda else 'operator'}"]

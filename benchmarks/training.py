@@ -28,12 +28,12 @@ def record(
     scored = [row for row in metrics if "knn" in row]
     facts = {
         "run": name,
-        "command": config["command"],
         "batch_size": config["batch_size"],
         "images_per_s_median": statistics.median(row["images_per_s"] for row in speed),
         "data_wait_percent_median": statistics.median(row["data_wait_percent"] for row in speed),
         "peak_mib": max(row["peak_mib"] for row in speed),
         **environment(),
+        "command": config["command"],
         "threads": config["cpu_threads"] or "",
     }
     rows = [

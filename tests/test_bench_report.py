@@ -30,7 +30,8 @@ def swept(batch_size, **changes):
     row |= {"ratio_p80": 0.995, "data_wait_percent": 1.25}
     row |= {"step_ms_p50": 646.46, "step_ms_p95": 700, "peak_device_mib": "", "peak_host_mib": 1852.9}
     row |= {"gpu_utilisation_percent": "", "gpu_power_w": "", "status": "ok", "verdict": "the model limits"}
-    return row | {"command": "python -m benchmarks.sweep --preset cpu"} | changes
+    row |= {"data": "small, 1000 images", "loader_threads": 1}
+    return row | {"command": f"python -m benchmarks.sweep --preset cpu --batch-size {batch_size}"} | changes
 
 
 NOTHING = dict.fromkeys(
@@ -56,7 +57,9 @@ def test_a_sweep_is_a_line_per_batch_ascending_the_newest_of_each(tmp_path):
         f"| 256 | 64 | 1,234 | 400 | 396 | {ratio} | 1.25 % | 646 | 700 | 1,853 | the model limits |\n"
         f"| 512 | 64 | 1,234 | 400 | 396 | {ratio} | 1.25 % | 646 | 700 | 1,853 | the model limits |\n"
         "| 1024 | 64 | – | – | – | – | – | – | – | – | out of memory |\n"
-        f"\n{LINE}`sweep.csv`, [plot](benchmarks/records/sweep-cpu.png)\n\n"
+        "\nsmall, 1000 images, listed 3 times, so in memory: `python -m benchmarks.sweep --preset cpu`\n"
+        f"\n{LINE.replace('threads 4', f'threads 4, the loader{chr(39)}s 1')}"
+        "`sweep.csv`, [plot](benchmarks/records/sweep-cpu.png)\n\n"
     )
 
 
@@ -73,13 +76,15 @@ def test_presets_processes_and_gpus_have_tables_of_their_own(tmp_path):
     rows = [swept(256), swept(256, world_size=8), swept(256, preset="imagenet")]
     gpu = {"gpu_utilisation_percent": 98.7, "gpu_power_w": 612.3, "peak_device_mib": 70000}
     rendered("sweep", rows, tmp_path)
-    text = rendered("sweep", [swept(256, preset="imagenet", **gpu)], tmp_path, device="Some GPU", driver="580.1")
+    text = rendered(
+        "sweep", [swept(256, preset="imagenet", **gpu)], tmp_path, device="Some GPU", driver="580.1", processor="A host"
+    )
     assert text.count("| batch |") == 3
     assert "resnet18 at 32 px, fp32 on 8 processes;" in text
     assert "sweep-cpu-8-processes.png" in text
     last = text[text.index("`imagenet`") :]
     assert "| 1,853 | 70,000 | 98.7 % | 612 W | the model limits |" in last
-    assert "\nSome GPU, driver 580.1, threads 4, load 0.5" in last
+    assert "\nSome GPU, driver 580.1, A host, threads 4, the loader's 1, load 0.5" in last
     assert "A processor" not in last  # that preset's newest run was on the GPU
 
 
@@ -87,12 +92,14 @@ def contested(batch_size, what, speed, ratio):
     row = {"preset": "cpu", "batch_size": batch_size, "size": 32, "encoder": "resnet18", "precision": "no"}
     row |= {"world_size": 1, "what": what, "images_per_s": speed, "ratio_to_ours": ratio}
     row |= {"rounds": 5, "ratio_p20": ratio, "ratio_p80": ratio, "status": "ok"}
-    return row | {"cpu_ms_per_image": 4e3 / speed, "peak_host_mib": 900}
+    return row | {"cpu_ms_per_image": 4e3 / speed, "peak_host_mib": 900, "command": "python -m benchmarks.sweep"}
 
 
 def test_other_loaders_are_told_beside_ours(tmp_path):
     rows = [contested(256, what, speed, ratio) for what, speed, ratio in (("SwiftCLR", 400, 1), ("lightly", 100, 0.25))]
     rows[1] |= {"ratio_p20": 0.1, "ratio_p80": 0.9, "status": "noisy"}
+    numbers = ("images_per_s", "ratio_to_ours", "ratio_p20", "ratio_p80", "cpu_ms_per_image", "peak_host_mib")
+    rows.append(contested(256, "solo", 1, 1) | dict.fromkeys(numbers, "") | {"status": "out of memory"})
     assert rendered("against", rows, tmp_path) == (
         "\n`cpu`: resnet18 at 32 px, fp32; the same model and images through other loaders and losses; the "
         "median of 5 rounds' ratios (p20 to p80), and processor time with workers.\n\n"
@@ -100,12 +107,15 @@ def test_other_loaders_are_told_beside_ours(tmp_path):
         "| --- | --- | --- | --- | --- | --- |\n"
         "| 256 | SwiftCLR | 400 | 1.00 x (1.00 to 1.00) | 10 | 900 |\n"
         "| 256 | lightly | 100 | 0.25 x (0.10 to 0.90, noisy) | 40 | 900 |\n"
+        "| 256 | solo | – | out of memory | – | – |\n"
+        "\nImages as in the command: `python -m benchmarks.sweep`\n"
         f"\n{LINE}`against.csv`, [plot](benchmarks/records/against-cpu.png)\n\n"
     )
 
 
 def loaded(what, name, speed, ms):
     row = {"what": what, "implementation": name, "images_per_s": speed, "cpu_ms": ms, "growth_mib": "", "version": ""}
+    row |= {"peers_files": ".jpg"}
     return row | {"data": "imagenet-sample, 1000 images", "views": "imagenet", "size": 224, "batch_size": 50}
 
 
@@ -119,7 +129,8 @@ def test_loaders_and_stages(tmp_path):
     append(tmp_path / "loader.csv", [HERE | row for row in rows])
     title = "Two views of 224 px from imagenet-sample, 1000 images, views imagenet, loaders alone"
     assert report.filled("<!-- report:loader -->\n<!-- /report -->", tmp_path) == (
-        f"<!-- report:loader -->\n\n{title}:\n\n"
+        f"<!-- report:loader -->\n\n{title}; the others, but for webdataset, read the same images in class folders: "
+        ".jpg.\n\n"
         "| loader | images/s | CPU ms per image | of ours |\n| --- | --- | --- | --- |\n"
         "| SwiftCLR | 100 | 20 | 1.00 x |\n| lightly 1.5 | 50 | 38.4 | 1.92 x |\n"
         f"\n{title}, by stages (the last stands alone): images/s, CPU ms per image.\n\n"
@@ -327,7 +338,8 @@ def test_the_plot_of_a_sweep_shows_its_numbers(tmp_path, monkeypatch):
     drawn = []
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: (drawn.append(figure), save(figure, *a, **k)))
-    append(tmp_path / "sweep.csv", [swept(n, **change) | HERE for n, change in ((256, {}), (512, NOTHING))])
+    noisy = {"status": "noisy", "ratio": 0.75}
+    append(tmp_path / "sweep.csv", [swept(n, **c) | HERE for n, c in ((256, {}), (512, NOTHING), (1024, noisy))])
     report.draw(tmp_path)
     lines = {line.get_label(): list(line.get_ydata())[:1] for axes in drawn[0].axes for line in axes.lines}
     assert lines == {
@@ -337,9 +349,10 @@ def test_the_plot_of_a_sweep_shows_its_numbers(tmp_path, monkeypatch):
         "host": [1852.9],
         "time waiting for images": [1.25],
         "median of the rounds": [0.99],
+        "noisy: no verdict": [0.75],
         "0.97: from here on the model limits": [0.97],
     }
-    measured = [line for axes in drawn[0].axes for line in axes.lines if not line.get_label().startswith("0.97")]
+    measured = [line for axes in drawn[0].axes for line in axes.lines if len(line.get_ydata()) == 3]
     assert all(str(line.get_ydata()[1]) == "nan" for line in measured)
     assert (tmp_path / "sweep-cpu.png").stat().st_size > 10_000
 
@@ -348,7 +361,8 @@ def test_the_plot_of_rivals_shows_each_batch(tmp_path, monkeypatch):
     """A bar per contestant and batch, as long as its images per second, and its ratio to ours written on it."""
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
-    rows = [contested(n, "SwiftCLR", 400, 1) for n in (256, 512)] + [contested(256, "lightly", 100, 0.25)]
+    rows = [contested(n, "SwiftCLR", 400, 1) for n in (256, 512)]
+    rows += [contested(256, "lightly", 100, 0.25) | {"status": "noisy"}]
     append(tmp_path / "against.csv", [row | HERE for row in rows])
     report.draw(tmp_path)
     (axes,) = drawn[0].axes
@@ -356,7 +370,7 @@ def test_the_plot_of_rivals_shows_each_batch(tmp_path, monkeypatch):
     told = [text.get_text().strip() for text in axes.texts]
     assert list(zip(named, [bar.get_width() for bar in axes.patches], told, strict=True)) == [
         ("SwiftCLR, batch 256", 400, "400, 1.00 x"),
-        ("lightly, batch 256", 100, "100, 0.25 x"),
+        ("lightly, batch 256", 100, "100, 0.25 x, noisy"),
         ("SwiftCLR, batch 512", 400, "400, 1.00 x"),
     ]
 

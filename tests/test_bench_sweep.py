@@ -22,6 +22,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from benchmarks import sweep
+from benchmarks.loader import Turn
 from benchmarks.measure import parse_readings
 from benchmarks.sweep import (
     ENOUGH,
@@ -127,7 +128,7 @@ def test_a_slowed_loader_limits_and_a_slowed_model_does(config: TrainConfig, mon
     config = replace(config, batch_size=16)
     with loader_of(0.3), model_of(0.05):
         found = sweep.measure(config, 1.0)
-    assert set(found) == {*FOUND, "unknown"}
+    assert set(found) == set(FOUND)
     assert found["loader_images_per_s"] < 16 / 0.3
     assert found["together_images_per_s"] < 16 / 0.3
     assert found["ratio"] < 0.5
@@ -172,11 +173,54 @@ def test_a_ratio_is_of_neighbours_and_tells_how_far_the_rounds_differ(
     assert [found[name] for name in ("ratio_p20", "ratio", "ratio_p80")] == pytest.approx([0.45, 0.9, 1.8])
 
 
+def test_the_readings_of_the_driver_are_means_of_the_rounds(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def watch() -> Iterator[list[Any]]:
+        readings: list[Any] = []
+        yield readings
+        readings += parse_readings("90, 600\n80, 500\n")
+
+    monkeypatch.setattr(sweep, "gpu_watch", watch)
+    monkeypatch.setattr(sweep, "turn", lambda _work, times, _: [1000.0] * times)
+    found = sweep.measure(config, 1.0)
+    assert (found["gpu_utilisation_percent"], found["gpu_power_w"]) == (85, 550)
+
+
+def test_a_rival_that_ends_early_says_why_and_the_others_go_on() -> None:
+    turns = iter([True, True, False])
+
+    def lives(_: float) -> Turn:
+        return Turn(images=100, wall_s=1.0, cpu_s=2.0, peak_host_mib=10.0)
+
+    def dies(seconds: float) -> Turn:
+        if not next(turns):
+            raise RuntimeError("lightly: OutOfMemoryError: CUDA out of memory")
+        return lives(seconds)
+
+    found = sweep.in_rounds({"ours": lives, "lightly": dies}, 1.0)
+    assert found["lightly"] == "out of memory"
+    assert len(found["ours"]) == sweep.RIVALS_ROUNDS
+    assert sweep.contested(found["ours"], found["ours"])["ratio_to_ours"] == "1"
+    assert sweep.contested(found["lightly"], found["ours"])["status"] == "out of memory"
+    alone = sweep.contested(found["ours"], "failed: of itself")  # a ratio to nothing is none
+    assert (alone["ratio_to_ours"], alone["status"], alone["cpu_ms_per_image"]) == ("", "ok", "20")
+
+
+def test_a_profile_that_fails_is_told(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ranks, "run", lambda *_: ("out of memory", {}))
+    done = CliRunner().invoke(app(), [str(data / "shards"), "--batch-size", "32", "--profile", str(tmp_path)])
+    assert done.exit_code == 1
+    assert "32 images: out of memory" in done.output
+
+
 @pytest.mark.parametrize(
     ("ratio", "unknown", "said"),
     [
-        (0.98, 0.02, False),
-        (0.98, 0.05, True),
+        (0.98, 0.009, False),
+        (0.98, 0.02, True),
+        (0.963, 0.02, True),  # between 0.943 and 0.983
         (0.5, 0.2, False),  # far below 0.97, whatever it is
         (0.85, 0.2, True),
         (1.02, 0.01, False),
@@ -189,12 +233,13 @@ def test_a_row_is_noisy_where_its_ratio_is_not_known_or_training_beats_its_step(
     assert noisy(ratio, unknown) is said
 
 
-@pytest.mark.parametrize("rounds", [5, 10, 40])
+@pytest.mark.parametrize("rounds", [sweep.FEWEST, 5, 10, 40])
 def test_the_median_is_known_as_well_as_it_is_said_to_be(rounds: int) -> None:
-    """Of 2,000 runs of normal rounds it lies within two standard errors in nine of ten at least, and not in all."""
+    """Of 2,000 runs of normal rounds it lies so near in 19 of 20, give or take."""
     drawn = np.random.default_rng(rounds).normal(1.0, 0.05, (2000, rounds))
     hits = [abs(np.median(run) - 1) < uncertainty(run.tolist()) for run in drawn]
-    assert 0.9 < np.mean(hits) < 0.99
+    assert 0.93 < np.mean(hits) < 0.98
+    assert uncertainty([1.0, 1.0]) == float("inf")
 
 
 @thrice
@@ -368,7 +413,7 @@ def test_rounds_in_which_the_hypervisor_ran_others_do_not_count(
     found = sweep.measure(config, 30.0)
     assert found["rounds"] == 4
     assert found["ratio_p20"] == pytest.approx(0.5)
-    assert noisy(found["ratio"], found["unknown"])  # and it has no verdict, however far the ratio is from 0.97
+    assert noisy(found["ratio"], found["ratio_unknown"])  # and it has no verdict, however far the ratio is from 0.97
 
 
 KILLED = """
@@ -417,17 +462,26 @@ def row(ratio: float, **other: Any) -> dict[str, Any]:
 
 def test_a_ratio_that_falls_by_more_than_the_margin_is_told() -> None:
     baseline = [{key: str(value) for key, value in each.items()} for each in (row(0.5), row(0.98, date="1 May"))]
-    assert compare([row(0.94)], baseline, 0.05) == []
-    (told,) = compare([row(0.93)], baseline, 0.05)
-    assert "together / synthetic 0.930, was 0.980 on 1 May" in told
-    (told,) = compare([row("", status="out of memory")], baseline, 0.05)
+    assert compare([row(0.94)], baseline, 0.05) == ([], [])
+    ((told,), _) = compare([row(0.93)], baseline, 0.05)
+    assert "256 images: 0.930, was 0.980 on 1 May" in told
+    ((told,), _) = compare([row("", status="out of memory")], baseline, 0.05)
     assert "out of memory" in told
-    (told,) = compare([row(1.0, status="noisy")], baseline, 0.05)
+    ((told,), _) = compare([row(1.0, status="noisy")], baseline, 0.05)
     assert "its rounds differ too much" in told
     later = [{key: str(value) for key, value in row(2.5, status="noisy").items()}]
-    assert compare([row(0.94)], [*baseline, *later], 0.05) == []
-    with pytest.raises(ValueError, match="no row of the baseline"):
-        compare([row(0.9, device="y")], baseline, 0.05)
+    assert compare([row(0.94)], [*baseline, *later], 0.05) == ([], [])
+
+
+@pytest.mark.parametrize("other", [{"device": "y"}, {"data": "z, 10 images"}, {"threads": 2}, {"micro_batch": 8}])
+def test_what_the_baseline_does_not_know_is_said_to_be_held_to_nothing(other: dict[str, Any]) -> None:
+    """Nor is a row held to one that was measured otherwise, or to a noisy one."""
+    baseline = [{key: str(value) for key, value in row(0.98).items()}, row(0.5, batch_size="512", status="noisy")]
+    fallen, unheld = compare([row(0.94), row(0.1) | other, row(0.1, batch_size=512)], baseline, 0.05)
+    assert fallen == []
+    assert ["256 images" in unheld[0], "512 images" in unheld[1]] == [True, True]
+    with pytest.raises(ValueError, match="no settled row of the baseline"):
+        compare([row(0.9) | other], baseline, 0.05)
 
 
 def test_a_rival_that_catches_up_is_told() -> None:
@@ -435,15 +489,17 @@ def test_a_rival_that_catches_up_is_told() -> None:
     rival = {"preset": "cpu", "batch_size": 256, "what": "lightly", "device": "x"}
     ours = rival | {"what": "ours", "ratio_to_ours": 1}
     baseline = [{**rival, "batch_size": "256", "ratio_to_ours": "0.5"}]
-    assert compare([ours, rival | {"ratio_to_ours": 0.52}], baseline, 0.05) == []
-    (told,) = compare([ours, rival | {"ratio_to_ours": 0.6}], baseline, 0.05)
-    assert "ours / lightly 1.667, was 2.000" in told
+    assert compare([ours, rival | {"ratio_to_ours": 0.52}], baseline, 0.05) == ([], [])
+    ((told,), _) = compare([ours, rival | {"ratio_to_ours": 0.6}], baseline, 0.05)
+    assert "ours / lightly: 1.667, was 2.000" in told
+    ((told,), _) = compare([ours, rival | {"ratio_to_ours": "", "status": "out of memory"}], baseline, 0.05)
+    assert "0.000 (out of memory)" in told
 
 
 def test_the_command_fails_where_a_ratio_has_fallen(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = dict.fromkeys(FOUND, 1.0) | {"micro_batch": 16, "unknown": 0.01}
+    found = dict.fromkeys(FOUND, 1.0) | {"micro_batch": 16, "ratio_unknown": 0.01}
     monkeypatch.setattr(Ranks, "run", lambda *_: ("ok", found))
     monkeypatch.setattr(sweep, "stage_costs", lambda *_: STAGES_MS)
     command = [str(data / "shards"), "--batch-size", "32", "--out", str(tmp_path)]
@@ -454,9 +510,9 @@ def test_the_command_fails_where_a_ratio_has_fallen(
     found["ratio"] = 0.9
     done = CliRunner().invoke(app(), again)
     assert done.exit_code == 1
-    assert "fallen at 32 images: together / synthetic 0.900, was 1.000" in done.output
+    assert "fallen at 32 images: 0.900, was 1.000" in done.output
     assert CliRunner().invoke(app(), [*again, "--margin", "0.2"]).exit_code == 0
-    found["unknown"] = 0.1
+    found["ratio_unknown"] = 0.1
     done = CliRunner().invoke(app(), command)
     assert done.exit_code == 0
     assert done.output.strip().endswith(": noisy")
@@ -493,16 +549,27 @@ def test_the_drivers_readings_are_parsed_and_what_it_does_not_tell_is_left_out()
     assert (reading.utilisation_percent, reading.power_w) == (93.0, 612.5)
 
 
+def test_what_workers_load_is_joined_to_the_micro_batches_of_both_views() -> None:
+    """Images 0 to 11 by threes, with -image as the second view."""
+    images = torch.arange(12.0).reshape(4, 3, 1, 1, 1).expand(-1, -1, 3, 2, 2)
+    first, second = sweep.joined(iter([(each, -each) for each in images]), 2)
+    assert first[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5, 0, -1, -2, -3, -4, -5]
+    assert second[:, 0, 0, 0].tolist() == [6, 7, 8, 9, 10, 11, -6, -7, -8, -9, -10, -11]
+    assert first.is_contiguous(memory_format=torch.channels_last)
+
+
 @thrice
-def test_rivals_train_on_the_same_images(data: Path, config: TrainConfig, tmp_path: Path) -> None:
+def test_rivals_train_on_the_same_images(
+    data: Path, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each contestant's step takes the whole batch through its own loader and loss."""
     ranks = Ranks()
-    found = sweep.Sweep("cpu", config, ranks, 1.0, tmp_path)
+    found = sweep.Sweep("cpu", config, ranks, 1.0, {}, tmp_path)
+    monkeypatch.setattr(sweep, "READY", 1)
     rows = found.against({"status": "ok", "batch_size": 32, "micro_batch": "16"}, ["torchvision"], data / "images")
     assert [row["what"] for row in rows] == ["ours", "torchvision"]
     assert float(rows[0]["ratio_to_ours"]) == 1.0
-    ratio = float(rows[1]["images_per_s"]) / float(rows[0]["images_per_s"])
-    assert float(rows[1]["ratio_to_ours"]) == pytest.approx(ratio, rel=0.5)  # medians of ratios, and of rates
+    assert float(rows[1]["ratio_to_ours"]) > 0
     assert rows_of(tmp_path / "against.csv")[1]["what"] == "torchvision"
     assert all(float(row["peak_host_mib"]) > 0 for row in rows)
     cores = len(os.sched_getaffinity(0))

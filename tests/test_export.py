@@ -297,6 +297,16 @@ def test_a_strangers_file_is_not_called_simclrs(tmp_path):
     same(written, dict(children.state_dict()))
 
 
+def test_the_card_of_selective_kernels_names_what_builds_them(tmp_path):
+    """torchvision has none, though width and stem are its own."""
+    encoder = build_encoder(50, selective_kernel=True)
+    export_encoder(tmp_path / "encoder", encoder, **PREPARED, training={})
+    assert run(tmp_path / "encoder", tmp_path / "out")[0] == 0
+    card = (tmp_path / "out/README.md").read_text()
+    assert 'load_encoder("FOLDER")' in card
+    assert "torchvision" not in card
+
+
 def test_what_cannot_be_exported_is_said_in_one_line(tmp_path):
     """Exit code 2, what is wrong and what to do, and nothing written."""
     source, *_ = finished_run(tmp_path / "run")

@@ -140,7 +140,7 @@ def card(
             f"model = torchvision.models.resnet{depth}()",
             'model.load_state_dict(load_file("FOLDER/model.safetensors"), strict=False)  # fc is missing',
         ]
-    elif network.width == 1 and names in ("torchvision", "timm"):
+    elif network.width == 1 and not network.selective_kernel and names in ("torchvision", "timm"):  # the small stem
         lines += [
             "import torch, torchvision",
             "from safetensors.torch import load_file",
