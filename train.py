@@ -539,8 +539,7 @@ def train(
                 f"were skipped; z was not finite on {where}. The weights and checkpoints are whole: look at the images "
                 f"of these steps, or lower --base-lr or raise --temperature and start anew"
             )
-        speed = clock.lap(step, config.batch_size, loader.wait_s, device)
-        loader.wait_s = 0.0
+        speed = clock.lap(step, config.batch_size, loader.take_wait_s(), device)
         log.speed(speed)
         eta = timedelta(seconds=round((total_steps - step) * config.batch_size / speed["images_per_s"]))
         accelerator.print(

@@ -327,11 +327,11 @@ def measure(config: TrainConfig, budget: float) -> dict[str, Any]:
                 turn(both, 1, cuda)
             else:
                 settle()
-            loader.wait_s = 0.0
+            loader.take_wait_s()
             accelerator.wait_for_everyone()  # or who comes first waits for the others in its step
             with gpu_watch() as readings:
                 times = turn(both, steps, cuda)
-            waited = loader.wait_s
+            waited = loader.take_wait_s()
             settle()  # or the loader fills its queue in the next one's turn
             accelerator.wait_for_everyone()
             alone = turn(compute, steps, cuda)

@@ -21,6 +21,7 @@ import resource
 import time
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
@@ -120,15 +121,16 @@ class Loader:
         self._failure: LoaderError | None = None
         self._runs = 0  # batches the pipeline has given, dropped ones included
         self._position: _Position = 0, None
-        self.wait_s = 0.0  # seconds spent waiting for batches since it was last set to 0
+        self._waits = deque[tuple[Any, Any]]()  # marks before and behind batches, not yet counted
+        self._waited_s = 0.0
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        start = time.perf_counter()
         if self._failure:
             raise self._failure
+        start = self._mark()
         try:
             batch, self._position = self._ahead.result() if self._ahead else self._make()
         except LoaderError as error:
@@ -136,8 +138,31 @@ class Loader:
             raise
         if self.device.type == "cpu":  # a GPU makes batches beside what runs here by itself
             self._ahead = self._worker.submit(self._make)
-        self.wait_s += time.perf_counter() - start
+        self._waits.append((start, self._mark()))
+        self._count_waits()
         return batch
+
+    def take_wait_s(self) -> float:
+        """Seconds spent waiting for batches since this was last asked.
+
+        On a GPU they are its stream's: the host may wait while there is work queued, and goes on before a batch is
+        there. Batches that the stream has not come to are counted when it has.
+        """
+        self._count_waits()
+        taken, self._waited_s = self._waited_s, 0.0
+        return taken
+
+    def _mark(self) -> Any:
+        if self.device.type == "cpu":
+            return time.perf_counter()
+        mark = torch.cuda.Event(enable_timing=True)
+        mark.record(torch.cuda.current_stream(self.device))
+        return mark
+
+    def _count_waits(self) -> None:
+        while self._waits and (self.device.type == "cpu" or self._waits[0][1].query()):
+            before, behind = self._waits.popleft()
+            self._waited_s += behind - before if self.device.type == "cpu" else before.elapsed_time(behind) / 1e3
 
     @cached_property
     def _worker(self) -> ThreadPoolExecutor:

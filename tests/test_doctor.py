@@ -469,7 +469,7 @@ def test_a_loader_too_slow_for_the_network_is_found(made: Path, monkeypatch: pyt
 
     def slow(self: loader.Loader) -> loader.Batch:
         time.sleep(0.1)
-        self.wait_s += 0.1
+        self._waited_s += 0.1
         return whole(self)
 
     monkeypatch.setattr(loader.Loader, "__next__", slow)

@@ -626,13 +626,14 @@ def rate(
 ) -> tuple[float, float]:
     """(images per second, share of the time that waited for the loader) of run(), over `seconds` and at least once."""
     wait_for(device)
-    loader.wait_s, start, runs = 0.0, time.perf_counter(), 0
+    loader.take_wait_s()
+    start, runs = time.perf_counter(), 0
     while not runs or time.perf_counter() - start < seconds:
         run()
         runs += 1
     wait_for(device)
     took = time.perf_counter() - start
-    return images * runs / took, loader.wait_s / took
+    return images * runs / took, loader.take_wait_s() / took
 
 
 def digits(number: float) -> str:
