@@ -566,6 +566,7 @@ def test_rivals_train_on_the_same_images(
     ranks = Ranks()
     found = sweep.Sweep("cpu", config, ranks, 1.0, {}, tmp_path)
     monkeypatch.setattr(sweep, "READY", 1)
+    monkeypatch.setattr(sweep, "RIVALS_ROUNDS", 2)
     rows = found.against({"status": "ok", "batch_size": 32, "micro_batch": "16"}, ["torchvision"], data / "images")
     assert [row["what"] for row in rows] == ["ours", "torchvision"]
     assert float(rows[0]["ratio_to_ours"]) == 1.0
