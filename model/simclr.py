@@ -21,9 +21,9 @@ class ProjectionHead(nn.Sequential):
                   three (arXiv:2006.10029).
     out_features  D; 128 in the paper. "none" has no layer to set it: `out_features` is in_features then.
 
-    A hidden layer is dense, BatchNorm, ReLU. The last is dense and a BatchNorm with γ but without β, which torch
-    spells bias=False and keeps through SyncBatchNorm.convert_sync_batchnorm. No dense layer has a bias, for the
-    BatchNorm behind it would take it away again. Dense weights are drawn from N(0, 0.01²).
+    A hidden layer is dense, BatchNorm, ReLU. The last is dense and a BatchNorm with γ but without β, which stays away
+    through SyncBatchNorm.convert_sync_batchnorm. No dense layer has a bias, for the BatchNorm behind it would take it
+    away again. Dense weights are drawn from N(0, 0.01²).
     """
 
     def __init__(self, in_features: int, *, kind: HeadKind = "nonlinear", out_features: int = 128) -> None:
@@ -37,8 +37,11 @@ class ProjectionHead(nn.Sequential):
             width = out_features if last else in_features
             dense = nn.Linear(in_features, width, bias=False)
             nn.init.normal_(dense.weight, std=0.01)
-            self.extend([dense, nn.BatchNorm1d(width, bias=not last)])
-            if not last:
+            norm = nn.BatchNorm1d(width)
+            self.extend([dense, norm])
+            if last:
+                norm.register_parameter("bias", None)  # BatchNorm1d(bias=False) is not in torch 2.11 yet
+            else:
                 self.append(nn.ReLU(inplace=True))
 
 

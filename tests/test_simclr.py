@@ -61,6 +61,20 @@ def test_head_has_exactly_the_authors_parameters(kind, shapes):
     assert head.out_features == (16 if shapes else 24)
 
 
+def test_the_head_does_without_arguments_that_an_older_batchnorm_lacks(monkeypatch):
+    """torch 2.11's BatchNorm1d knows no bias=False; names and parameters are the same, in the same order."""
+
+    class Older(nn.BatchNorm1d):
+        def __init__(self, num_features, eps=1e-5, momentum=0.1, affine=True):
+            super().__init__(num_features, eps, momentum, affine)
+
+    monkeypatch.setattr(nn, "BatchNorm1d", Older)
+    head = ProjectionHead(24, out_features=16)
+    statistics = ["running_mean", "running_var", "num_batches_tracked"]
+    norms = [f"1.{name}" for name in ["weight", "bias", *statistics]], [f"4.{name}" for name in ["weight", *statistics]]
+    assert list(head.state_dict()) == ["0.weight", *norms[0], "3.weight", *norms[1]]
+
+
 def test_no_head_is_the_identity():
     """z is h itself."""
     h = torch.randn(4, 24)
