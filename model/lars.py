@@ -55,8 +55,10 @@ class Rows:
         counts = [-(-p.numel() // ROW) for p in params]
         self.params, self.starts = params, [0, *itertools.accumulate(counts)]
         self.dtype = functools.reduce(torch.promote_types, {p.dtype for p in params}, torch.float32)
-        self.owner = torch.arange(len(params)).repeat_interleave(torch.tensor(counts)).to(params[0].device)
-        self.one = torch.ones(1, dtype=self.dtype, device=params[0].device)
+        owner, device = torch.arange(len(params)).repeat_interleave(torch.tensor(counts)), params[0].device
+        owner = owner.pin_memory() if device.type == "cuda" else owner  # or the copy would wait for the device
+        self.owner = owner.to(device, non_blocking=True)
+        self.one = torch.ones(1, dtype=self.dtype, device=device)
         self.momentum, self.momenta = self._matrix()
         self.gradient, self.grads = self._matrix()
         self.weights = params if all(p.dtype == self.dtype for p in params) else self._matrix()[1]
