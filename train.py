@@ -310,6 +310,7 @@ def build_accelerator(config: TrainConfig) -> "Accelerator":
             f"the launcher started {os.environ['WORLD_SIZE']} processes, but each sees {accelerator.num_processes}; on "
             "CPUs use accelerate launch --multi_gpu --num_processes N train.py ..."
         )
+    torch.backends.cudnn.benchmark = accelerator.device.type == "cuda"  # all shapes are fixed
     if config.sync_bn and accelerator.device.type != "cuda":
         raise RunError("--sync-bn needs GPUs: torch's SyncBatchNorm does not exchange statistics between CPU processes")
     return accelerator

@@ -124,6 +124,7 @@ def main(
     for name, (chosen, possible) in axes.items():
         if unknown := sorted(set(chosen) - set(possible)):
             raise typer.BadParameter(f"{', '.join(unknown)}; here it is one of {possible}", param_hint=f"--{name}")
+    torch.backends.cudnn.benchmark = cuda  # as train.py: shapes are fixed
     if threads:
         torch.set_num_threads(threads)
     if world_size > 1:
