@@ -604,11 +604,11 @@ def train(
 
             last = step == total_steps
             logging = last or step % config.log_every == 0
-            # Ranks agree to stop in a collective, which waits for the device: only when a log line waits anyway.
-            stopping = (logging or world_size == 1) and stop.asked(accelerator)
-            saving = last or stopping or step % config.checkpoint_every == 0
+            saving = last or step % config.checkpoint_every == 0
             knn_steps = config.knn_every * loader.steps_per_epoch
             evaluating = queries is not None and (last or (knn_steps and step % knn_steps == 0))
+            stopping = stop.asked(accelerator, step, waits=bool(logging or saving or evaluating))
+            saving = saving or stopping
             if logging or saving or evaluating:
                 flush(monitor() if logging else {})
             if saving or evaluating:
@@ -797,28 +797,51 @@ class Clock:
 
 
 class Stop:
-    """Turns the first SIGTERM, SIGINT or SIGUSR1 into a clean end after the current step; the second ends at once."""
+    """Turns SIGTERM, SIGINT and SIGUSR1 into a clean end soon after; a second Ctrl-C ends at once.
+
+    One request arrives several times: sent to launcher and process, from the launcher, and from the kernel when the
+    launcher dies. So only a SIGINT that comes AGAIN_S after the first one is taken for impatience.
+    """
+
+    AGAIN_S = 2.0
+    AGREE_S = 5.0  # between the steps at which processes agree: to ask each other they wait for their devices
 
     def __init__(self) -> None:
         self.received = False
+        self._interrupted = math.inf  # when the first SIGINT came
+        self._agreed = 0, 0.0  # at which step, and when
+        self._next = 0
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._receive)
         if "ACCELERATE_MIXED_PRECISION" in os.environ and sys.platform == "linux":
             # With one process the launcher forwards no signal, it just dies: have the kernel pass SIGTERM on.
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
-    def _receive(self, number: int, frame: Any) -> None:  # noqa: ARG002
+    def _receive(self, number: int, frame: Any) -> None:
         self.received = True
-        for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(each, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            if time.monotonic() >= self._interrupted + self.AGAIN_S:
+                signal.default_int_handler(number, frame)
+            self._interrupted = min(self._interrupted, time.monotonic())
 
-    def asked(self, accelerator: "Accelerator") -> bool:
-        """Whether any process was; the same answer on all of them."""
+    def asked(self, accelerator: "Accelerator", step: int, *, waits: bool) -> bool:
+        """Whether any process was, as far as is known at `step`; the same answer on all of them.
+
+        Several processes ask each other where the host `waits` for the device anyway, and else about every AGREE_S:
+        at a step that all know, for it follows from how long their steps took on average.
+        """
         if accelerator.num_processes == 1:
             return self.received
+        if step < self._next and not waits:
+            return False
         import torch
 
-        return bool(accelerator.reduce(torch.tensor(float(self.received), device=accelerator.device), "sum") > 0)
+        (last, since), now = self._agreed, time.monotonic()
+        step_s = (now - since) / (step - last) if last else self.AGREE_S  # at first it would count the set-up
+        mine = torch.tensor([[float(self.received), step_s]], device=accelerator.device)
+        received, step_s = accelerator.gather(mine).mean(0).tolist()
+        self._agreed, self._next = (step, now), step + max(1, int(self.AGREE_S / step_s))
+        return received > 0
 
 
 def next_free(path: Path) -> Path:

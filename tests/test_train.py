@@ -1,5 +1,6 @@
 """Training: what a run is made of, that ranks and interruptions do not change it, and how bad input ends."""
 
+import contextlib
 import functools
 import io
 import json
@@ -264,6 +265,69 @@ def test_a_killed_run_goes_on_bit_for_bit(shards: Path, tmp_path: Path) -> None:
     hashes = [json.loads((end / "state.json").read_text())["sha256"] for end in ends if end]
     assert hashes[0] == hashes[1]
     assert hashes[0].keys() == {"model.safetensors", "optimizer.safetensors", "probe.safetensors"}
+
+
+SLOW = """
+import time
+from model import checkpoint
+import train
+save = checkpoint.save
+def slow(*arguments, **more):
+    time.sleep(2)
+    return save(*arguments, **more)
+checkpoint.save = slow
+train.app()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "processes"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGTERM, 2)])
+def test_a_signal_to_the_launcher_and_all_it_started_saves(
+    number: signal.Signals, processes: int, shards: Path, tmp_path: Path
+) -> None:
+    """Ctrl-C, systemd and Slurm: the process gets it twice or more, within the seconds that it saves, and no log line
+    is near."""
+    out, program = tmp_path / "run", tmp_path / "slow.py"
+    program.write_text(SLOW)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
+    launch += ["--dynamo_backend", "no", "--num_processes", str(processes), "--main_process_port", "0"]
+    launch += ["--cpu"] if processes == 1 else ["--multi_gpu"]
+    far = ["--steps", "100000", "--log-every", "100000", "--checkpoint-every", "100000"]
+    process = subprocess.Popen(
+        [*launch, str(program), *TINY, "--data", str(shards), "--out", str(out), *far],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (out / "views.png").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.5)
+        os.killpg(process.pid, number)
+        printed = process.communicate(timeout=60)[0]  # until the last process has closed it
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    status = json.loads((out / "status.json").read_text())
+    assert status["state"] == "preempted", printed
+    newest = latest(out / "checkpoints")
+    assert newest is not None
+    assert int(newest.name[5:]) == status["step"] == len(rows(out))
+
+
+def test_only_a_second_interrupt_after_a_while_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop, now = train.Stop(), [100.0]
+    monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
+    for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.raise_signal(number)
+    now[0] += stop.AGAIN_S
+    signal.raise_signal(signal.SIGTERM)
+    assert stop.received
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
 
 
 # ---- micro-batches, and steps that are not finite ------------------------------------------------------------------
