@@ -377,8 +377,50 @@ def train(
     from, for the banner. Raises ValueError (RunError, DatasetError) for what the caller can mend, before the first
     step; LoaderError, FloatingPointError or OSError for what goes wrong on the way, Preempted after a signal.
     """
-    import torch
+    from accelerate.utils import broadcast_object_list
+
+    stop = Stop()
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())) and not resume:
+        raise RunError(f"{out} is not empty; go on with --resume, or give a new folder with --out")
+    if resume and out is None:
+        raise RunError("--resume needs --out, the run folder to go on in")
+    accelerator = build_accelerator(config)
+    out = broadcast_object_list([out or next_free(Path("runs") / recipe)])[0]
+    assert out is not None
+    accelerator.project_configuration.project_dir = accelerator.project_configuration.logging_dir = str(out)
+    log = Log(out, accelerator.process_index)
+    with log.outcome():
+        newest = newest_of_all(accelerator, out / "checkpoints") if resume else None
+        return _train(config, accelerator, newest, log, stop, recipe, origin or {})
+
+
+def newest_of_all(accelerator: "Accelerator", folder: Path) -> Path | None:
+    """The newest checkpoint that the main process finds, for all processes; RunError where one does not see it."""
     from accelerate.utils import broadcast_object_list, gather_object
+
+    from model.checkpoint import latest
+
+    newest = broadcast_object_list([latest(folder) if accelerator.is_main_process else None])[0]
+    if blind := gather_object([accelerator.process_index] if newest and not newest.is_dir() else []):
+        raise RunError(
+            f"rank {', '.join(map(str, blind))} does not see {newest}, where rank 0 goes on: --out must be a folder "
+            "that all nodes share"
+        )
+    return newest
+
+
+def _train(
+    config: TrainConfig,
+    accelerator: "Accelerator",
+    newest: Path | None,
+    log: "Log",
+    stop: "Stop",
+    recipe: str,
+    origin: Mapping[str, str],
+) -> Path:
+    """`train` in the run folder of `log`, from checkpoint `newest` on."""
+    import torch
+    from accelerate.utils import gather_object
     from torch import Tensor
 
     from model import checkpoint
@@ -388,24 +430,10 @@ def train(
     from pipeline.loader import build_loader
     from pipeline.shards import read_dataset
 
-    stop = Stop()
-    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())) and not resume:
-        raise RunError(f"{out} is not empty; go on with --resume, or give a new folder with --out")
-    if resume and out is None:
-        raise RunError("--resume needs --out, the run folder to go on in")
-    cuda = torch.cuda.is_available()
-    accelerator = build_accelerator(config)
-    world_size, rank, main, device = (
-        accelerator.num_processes,
-        accelerator.process_index,
-        accelerator.is_main_process,
-        accelerator.device,
-    )
-    out = broadcast_object_list([out or next_free(Path("runs") / recipe)])[0]
-    assert out is not None
-    accelerator.project_configuration.project_dir = accelerator.project_configuration.logging_dir = str(out)
-    newest = checkpoint.latest(out / "checkpoints") if resume else None
-    saved = json.loads((newest / "state.json").read_bytes())["extra"] if newest else None
+    out, main, cuda = log.out, accelerator.is_main_process, torch.cuda.is_available()
+    world_size, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
+    found: dict[str, Any] = json.loads((newest / "state.json").read_bytes()) if newest else {"step": 0, "extra": None}
+    log.step, saved = found["step"], found["extra"]
 
     # Data
     if not config.data:
@@ -478,7 +506,7 @@ def train(
         in_a_row = saved.get("skipped_in_a_row", 0)
     if config.track:
         accelerator.init_trackers("swiftclr", config={k: str(v) for k, v in asdict(config).items()})
-    log = Log(out, main, {"command": shlex.join(["train.py", *sys.argv[1:]]), **asdict(config)}, resume_at=step)
+    log.start({"command": shlex.join(["train.py", *sys.argv[1:]]), **asdict(config)}, step)
     where = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
     accelerator.print(
         f"swiftclr {recipe}: {out}, step {step} of {total_steps}\n"
@@ -495,7 +523,7 @@ def train(
         + (f"linear, of {num_classes} classes" if num_classes else "off" if dataset.classes else "none without labels")
         + (", from nothing: the checkpoint has none" if anew else "")
         + "\n"
-        f"  settings   {settings(config, origin or {})}"
+        f"  settings   {settings(config, origin)}"
     )
     pending: list[tuple[int, Outcome, float]] = []
     last_z = torch.empty(0)
@@ -572,7 +600,7 @@ def train(
                 )
             except ValueError as error:  # training broke the weights before any loss showed it
                 raise FloatingPointError(f"{error}. Lower --base-lr, and start anew") from error
-        log.status("running", step)
+        log.status("running")
 
     def micro_batches() -> Iterator[Tensor]:
         for i in range(whole.count):
@@ -583,57 +611,56 @@ def train(
             if probe and batch.labels is not None:  # the next one is only asked for when this one is encoded
                 probe.learn(batch.labels, 1 / whole.count)
 
-    with log.outcome(lambda: step):
-        if queries and step == 0:
-            evaluate()
-        clock.start()
-        while step < total_steps:
-            lr = learning_rate(step, peak=peak, total_steps=total_steps, warmup_steps=warmup)
-            outcome = train_step(
-                model,
-                optimizer,
-                micro_batches(),
-                watched_loss,
-                lr,
-                count=whole.count,
-                keep=whole.keep,
-                offload=whole.offload,
-            )
-            step += 1
-            pending.append((step, outcome, lr))
+    if queries and step == 0:
+        evaluate()
+    clock.start()
+    while step < total_steps:
+        lr = learning_rate(step, peak=peak, total_steps=total_steps, warmup_steps=warmup)
+        outcome = train_step(
+            model,
+            optimizer,
+            micro_batches(),
+            watched_loss,
+            lr,
+            count=whole.count,
+            keep=whole.keep,
+            offload=whole.offload,
+        )
+        log.step = step = step + 1
+        pending.append((step, outcome, lr))
 
-            last = step == total_steps
-            logging = last or step % config.log_every == 0
-            saving = last or step % config.checkpoint_every == 0
-            knn_steps = config.knn_every * loader.steps_per_epoch
-            evaluating = queries is not None and (last or (knn_steps and step % knn_steps == 0))
-            stopping = stop.asked(accelerator, step, waits=bool(logging or saving or evaluating))
-            saving = saving or stopping
-            if logging or saving or evaluating:
-                flush(monitor() if logging else {})
-            if saving or evaluating:
-                if evaluating:
-                    evaluate()
-                if saving:
-                    save()
-                clock.start()
-            if stopping and not last:
-                raise Preempted(f"stopped by a signal at step {step}; go on with --resume --out {out}")
+        last = step == total_steps
+        logging = last or step % config.log_every == 0
+        saving = last or step % config.checkpoint_every == 0
+        knn_steps = config.knn_every * loader.steps_per_epoch
+        evaluating = queries is not None and (last or (knn_steps and step % knn_steps == 0))
+        stopping = stop.asked(accelerator, step, waits=bool(logging or saving or evaluating))
+        saving = saving or stopping
+        if logging or saving or evaluating:
+            flush(monitor() if logging else {})
+        if saving or evaluating:
+            if evaluating:
+                evaluate()
+            if saving:
+                save()
+            clock.start()
+        if stopping and not last:
+            raise Preempted(f"stopped by a signal at step {step}; go on with --resume --out {out}")
 
-        path = out / "encoder" / "encoder.safetensors"
-        if main:
-            kept = {name: value for name, value in asdict(config).items() if name not in FREE}
-            checkpoint.export_encoder(
-                path.parent,
-                encoder,
-                image_size=config.views.size,
-                mean=config.views.mean,
-                std=config.views.std,
-                interpolation={"linear": "bilinear", "cubic": "bicubic"}[config.views.interpolation],
-                crop_pct=config.views.eval_crop,
-                training={"recipe": recipe, "steps": step, "dataset": dataset.fingerprint, "config": kept},
-            )
-            log.status("done", step)
+    path = out / "encoder" / "encoder.safetensors"
+    if main:
+        kept = {name: value for name, value in asdict(config).items() if name not in FREE}
+        checkpoint.export_encoder(
+            path.parent,
+            encoder,
+            image_size=config.views.size,
+            mean=config.views.mean,
+            std=config.views.std,
+            interpolation={"linear": "bilinear", "cubic": "bicubic"}[config.views.interpolation],
+            crop_pct=config.views.eval_crop,
+            training={"recipe": recipe, "steps": step, "dataset": dataset.fingerprint, "config": kept},
+        )
+        log.status("done")
     accelerator.print(
         f"encoder      {path}\ncheckpoints  {out / 'checkpoints'}\nmetrics      {out / 'metrics.jsonl'}\n"
         f"views        {out / 'views.png'}"
@@ -710,21 +737,29 @@ def save_grid(views: "Tensor", config: ViewConfig, path: Path) -> None:
 
 
 class Log:
-    """The run folder's files; only the main process writes."""
+    """The run folder's files; only the main process writes, but for the end that another one meets."""
 
-    def __init__(self, out: Path, main: bool, config: dict[str, Any], *, resume_at: int) -> None:
-        self.out, self.main = out, main
-        if not main:
+    def __init__(self, out: Path, rank: int) -> None:
+        self.out, self.rank, self.main = out, rank, rank == 0
+        self.step = 0  # done so far
+        if self.main and (out / "status.json").exists():
+            self._status("running", "setting up")  # no longer how it ended last time
+
+    def start(self, config: dict[str, Any], resume_at: int) -> None:
+        self.step = resume_at
+        if not self.main:
             return
-        out.mkdir(parents=True, exist_ok=True)
+        self.out.mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "speed.jsonl"):  # rows after the checkpoint will be written again
             kept = []
-            if resume_at and (out / name).exists():
-                lines = (out / name).read_text().splitlines(keepends=True)
+            if resume_at and (self.out / name).exists():
+                lines = (self.out / name).read_text().splitlines(keepends=True)
                 kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= resume_at]
             self._replace(name, "".join(kept))
         self._replace("config.json", json.dumps(config, indent=1))
-        self.status("running", resume_at)
+        if not (self.out / "status.json").exists():
+            self._status("running", "setting up")
+        self.status("running")
 
     def metrics(self, rows: list[dict[str, Any]]) -> None:
         self._append("metrics.jsonl", rows)
@@ -732,19 +767,29 @@ class Log:
     def speed(self, row: dict[str, Any]) -> None:
         self._append("speed.jsonl", [row])
 
-    def status(self, state: Literal["running", "preempted", "failed", "done"], step: int, message: str = "") -> None:
-        """status.json, for whatever watches the run: exit codes do not survive the launcher."""
-        self._replace("status.json", json.dumps({"state": state, "step": step, "message": message}))
+    def status(self, state: Literal["running", "preempted", "failed", "done"], message: str = "") -> None:
+        """status.json, for whatever watches the run: exit codes do not survive the launcher.
+
+        Any process writes that it failed, once the folder is a run's. The first one's words stay: the others then fail
+        because it is gone.
+        """
+        file = self.out / "status.json"
+        if (self.main or state == "failed") and file.exists() and json.loads(file.read_text())["state"] == "running":
+            self._status(state, message)
+
+    def _status(self, state: str, message: str) -> None:
+        row = {"state": state, "step": self.step, "rank": self.rank, "message": message}
+        self._replace("status.json", json.dumps(row))
 
     @contextmanager
-    def outcome(self, step: Callable[[], int]) -> Iterator[None]:
+    def outcome(self) -> Iterator[None]:
         try:
             yield
         except Preempted as error:
-            self.status("preempted", step(), str(error))
+            self.status("preempted", str(error))
             raise
         except BaseException as error:
-            self.status("failed", step(), f"{type(error).__name__}: {error}")
+            self.status("failed", f"{type(error).__name__}: {error}")
             raise
 
     def knn(self) -> dict[int, float]:
@@ -760,10 +805,9 @@ class Log:
                 os.fsync(file.fileno())  # a checkpoint follows only after the rows it stands on are on the disk
 
     def _replace(self, name: str, text: str) -> None:
-        if self.main:
-            partial = self.out / f".{name}.tmp"
-            partial.write_text(text)
-            os.replace(partial, self.out / name)
+        partial = self.out / f".{name}.{self.rank}.tmp"
+        partial.write_text(text)
+        os.replace(partial, self.out / name)
 
 
 class Clock:

@@ -29,7 +29,7 @@ from model.checkpoint import latest, load_encoder
 from model.encoder import build_encoder
 from model.nt_xent import nt_xent
 from model.simclr import ProjectionHead, SimCLR
-from pipeline.loader import Batch, Loader
+from pipeline.loader import Batch, Loader, LoaderError
 from pipeline.shards import Sample
 from pipeline.write import write_shards
 from tests.oracles.monitor import contrast
@@ -543,6 +543,57 @@ def test_two_processes_train_resume_and_refuse_one(shards: Path, tmp_path: Path)
     assert "processes: 2 in the checkpoint, 1 now" in refused.output
 
 
+def _failing_rank(rank: int, world_size: int, port: int, data: str, out: str) -> None:
+    """Rank 1 cannot read in the third step."""
+    join(rank, world_size, port)
+    whole = Loader.__next__
+
+    def broken(loader: Loader) -> Batch:
+        if loader._position[0] == 2:
+            raise LoaderError("rank 1 could not read")
+        return whole(loader)
+
+    if rank == 1:
+        pytest.MonkeyPatch().setattr(Loader, "__next__", broken)
+    done = run("--data", data, "--out", out, "--steps", "4", "--log-every", "1")
+    assert done.exit_code == 1, done.output
+    os._exit(0)  # gone, as after a failure; rank 0 would wait
+
+
+@pytest.mark.slow
+def test_the_process_that_fails_writes_why(shards: Path, tmp_path: Path) -> None:
+    """The others then fail because it is gone, and leave its words."""
+    out = tmp_path / "run"
+    torch.multiprocessing.spawn(_failing_rank, (2, free_port(), str(shards), str(out)), nprocs=2)
+    status = json.loads((out / "status.json").read_text())
+    assert status == {"state": "failed", "step": 2, "rank": 1, "message": "LoaderError: rank 1 could not read"}
+
+
+def _blind_rank(rank: int, world_size: int, port: int, folder: str) -> None:
+    """Rank 1 has an older checkpoint than rank 0 in its own folder, then the same one."""
+    from accelerate import Accelerator
+
+    join(rank, world_size, port)
+    accelerator, mine = Accelerator(cpu=True), Path(folder) / str(rank)
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.chdir(mine)
+    assert train.newest_of_all(accelerator, Path("none")) is None
+    with pytest.raises(train.RunError, match="rank 1 does not see own/step-0000002, where rank 0 goes on: --out must"):
+        train.newest_of_all(accelerator, Path("own"))
+    assert train.newest_of_all(accelerator, Path("shared")) == Path("shared/step-0000002")
+    accelerator.end_training()
+
+
+@pytest.mark.slow
+def test_processes_go_on_from_one_checkpoint_or_not_at_all(tmp_path: Path) -> None:
+    """Folders of two nodes that are not shared, or that one still sees as they were."""
+    for rank, steps in ((0, {"own": (1, 2), "shared": (1, 2)}), (1, {"own": (1,), "shared": (1, 2, 3)})):
+        for name, numbers in steps.items():
+            for step in numbers:
+                (tmp_path / str(rank) / name / f"step-{step:07d}").mkdir(parents=True)
+    torch.multiprocessing.spawn(_blind_rank, (2, free_port(), str(tmp_path)), nprocs=2)
+
+
 # ---- bad input -----------------------------------------------------------------------------------------------------
 
 
@@ -577,14 +628,25 @@ def test_a_run_is_never_overwritten_nor_resumed_with_other_settings(shards: Path
     out = tmp_path / "run"
     same = ("--data", str(shards), "--out", str(out), "--steps", "2")
     assert run(*same).exit_code == 0
-    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    def files() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    before = files()
     again = run(*same)
     assert (again.exit_code, "is not empty; go on with --resume" in again.output) == (2, True)
+    assert before == files()
     other = run(*same, "--resume", "--batch-size", "8", "--view", "flip_p=0.1")
     assert other.exit_code == 2
     assert "batch_size: 16 in the checkpoint, 8 now" in other.output
     assert "views.flip_p: 0.5 in the checkpoint, 0.1 now" in other.output
-    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    after = files()
+    assert {path for path in after if after[path] != before.get(path)} == {out / "status.json"}
+    status = json.loads(after[out / "status.json"])
+    assert (status["state"], status["step"], status["rank"]) == ("failed", 2, 0)
+    assert status["message"].startswith("RunError: ")
+    assert run(*same, "--resume").exit_code == 0
+    assert json.loads((out / "status.json").read_text())["state"] == "done"
 
 
 def test_another_data_set_is_not_resumed(shards: Path, tmp_path: Path) -> None:
