@@ -469,12 +469,8 @@ def _train(
                 f"{newest} cannot go on with other settings ({'; '.join(changed)}): give the old, or a new --out"
             )
 
-    # Model
-    setup = build_training(config, accelerator)
-    encoder, network, model, optimizer = setup.encoder, setup.network, setup.model, setup.optimizer
-    whole, half, peak, loss_of = setup.plan, setup.half, setup.peak_lr, setup.loss_of
-    config = replace(config, micro_batch=whole.micro_batch)  # BatchNorm's statistics depend on it
-    loader = build_loader(
+    loader_of = functools.partial(
+        build_loader,
         dataset,
         config.views,
         config.batch_size,
@@ -483,10 +479,16 @@ def _train(
         world_size=world_size,
         seed=config.seed,
         num_threads=num_threads,
-        half=half,
-        micro_batch=config.micro_batch,
         second_views=config.second_views,
     )
+    loader_of(micro_batch=config.micro_batch)  # a batch that does not divide is refused before a GPU is asked what fits
+
+    # Model
+    setup = build_training(config, accelerator)
+    encoder, network, model, optimizer = setup.encoder, setup.network, setup.model, setup.optimizer
+    whole, half, peak, loss_of = setup.plan, setup.half, setup.peak_lr, setup.loss_of
+    config = replace(config, micro_batch=whole.micro_batch)  # BatchNorm's statistics depend on it
+    loader = loader_of(half=half, micro_batch=config.micro_batch)
     total_steps = config.steps or config.epochs * loader.steps_per_epoch
     warmup = min(warmup_steps(config.warmup_epochs, dataset.samples, config.batch_size), total_steps)
     rows = 2 * loader.local_batch_size

@@ -23,6 +23,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 ROOM = 0.8  # of the free GPU memory; the rest is for the optimizer's state, the loss and the image pipeline
+FEW = 32  # images in a micro-batch: with fewer a GPU idles, and a BatchNorm's statistics are poor
+NO_ROOM = ("out of memory", "ALLOC_FAILED", "unable to find an engine", "Unable to find a valid cuDNN algorithm")
 
 
 def backward(
@@ -148,7 +150,8 @@ def plan(
     micro_batch  a divisor of `images`; 0 tries them, largest first. A CPU cannot be asked what fits: 0 is `images`.
     keep         0 fills the memory that is left; on a CPU it is 1.
     agree        turns a number of each process into the smallest; all call it equally often.
-    ValueError where `micro_batch`, or a single image, does not fit.
+    ValueError where `micro_batch`, or a single image, does not fit; and where FEW images would, but of the divisors
+    only one less than half of that: a prime factor of `images` would make the micro-batches tiny.
     """
     if like.device.type != "cuda":
         micro_batch = micro_batch or images
@@ -160,7 +163,11 @@ def plan(
     views = 2 * images * like.numel() * like.element_size()
     offload = views > room // 4
     room -= 0 if offload else views
-    for candidate in [micro_batch] if micro_batch else divisors(images):
+    sizes = divisors(images)
+    below = next(size for size in sizes if size <= FEW)
+    if 2 * below < FEW < images:  # before it goes down to that, ask whether it is for want of memory
+        sizes = sorted([*sizes, FEW], reverse=True)
+    for candidate in [micro_batch] if micro_batch else sizes:
         most = free if micro_batch else room
         # Twice: in the first run of a size the libraries hold what they try out.
         needs = _needs(model, candidate, like, most) and _needs(model, candidate, like, most)
@@ -172,6 +179,13 @@ def plan(
             f"are free on {like.device}; give a smaller --micro-batch or a smaller encoder"
         )
     assert needs is not None
+    if images % candidate:
+        above = next(size for size in reversed(sizes) if size > FEW)
+        raise ValueError(
+            f"{images} images per process divide into micro-batches of {above}, which do not fit {like.device}, or of "
+            f"{below}, though {FEW} would fit: choose a --batch-size that gives each process "
+            f"{round(images / FEW) * FEW}, or insist with --micro-batch {below}"
+        )
     peak, graph = needs
     count = images // candidate
     fitting = agree(min(count, 1 + max(0, room - peak) // graph))
@@ -199,6 +213,10 @@ def _needs(model: nn.Module, images: int, like: Tensor, room: int) -> tuple[int,
         z.backward(torch.zeros_like(z))
         return torch.cuda.max_memory_allocated(device) - before, graph
     except torch.OutOfMemoryError:
+        return None
+    except RuntimeError as error:  # so cuDNN and cuBLAS say that they have no room to work in; or that they are broken
+        if images == 1 or not any(words in str(error) for words in NO_ROOM):
+            raise
         return None
     finally:
         model.zero_grad()

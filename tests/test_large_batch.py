@@ -1,5 +1,6 @@
 """Cached gradients against one graph over the same micro-batches; steps that a broken gradient must not reach."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -14,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import train
 from model.encoder import build_encoder
-from model.large_batch import Plan, backward, plan
+from model.large_batch import Plan, _needs, backward, plan
 from model.lars import param_groups
 from model.nt_xent import nt_xent
 from model.simclr import ProjectionHead, SimCLR
@@ -297,6 +298,81 @@ def test_a_cpu_encodes_the_whole_batch_unless_told() -> None:
     assert plan(nn.Identity(), 12, like) == Plan(12, 1, 1, offload=False)
     assert plan(nn.Identity(), 12, like, micro_batch=3) == Plan(3, 4, 1, offload=False)
     assert plan(nn.Identity(), 12, like, micro_batch=3, keep=9) == Plan(3, 4, 4, offload=False)
+
+
+class Gpu:
+    """What `plan` asks of the one image that it is given, and of the GPU: one on which so many images fit."""
+
+    device, shape = torch.device("cuda"), (1, 3, 32, 32)
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+        self.tried: list[int] = []
+
+        def needs(_model: nn.Module, images: int, *_: Any) -> tuple[int, int] | None:
+            self.tried.append(images)
+            return (images, images) if images <= most else None
+
+        monkeypatch.setattr("model.large_batch._needs", needs)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**40, 2**40))
+
+    def numel(self) -> int:
+        return 3 * 32 * 32
+
+    def element_size(self) -> int:
+        return 4
+
+
+@pytest.mark.parametrize(
+    ("images", "most", "chosen"),
+    [(1202, 700, 601), (1024, 300, 256), (1024, 20, 16), (100, 40, 25), (1202, 31, 2), (31, 30, 1), (8, 3, 2)],
+)
+def test_the_largest_divisor_that_fits_is_chosen(
+    images: int, most: int, chosen: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However small, where no more than that many images fit."""
+    assert plan(nn.Identity(), images, Gpu(monkeypatch, most)).micro_batch == chosen  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("images", "above", "below", "better"), [(1202, 601, 2, 1216), (47, 47, 1, 32)])
+def test_a_batch_of_few_divisors_is_refused_unless_told(
+    images: int, above: int, below: int, better: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    like: Any = Gpu(monkeypatch, 40)
+    named = (
+        f"micro-batches of {above}, which do not fit cuda, or of {below}, though 32 would fit: .* {better}, or insist"
+    )
+    with pytest.raises(ValueError, match=named):
+        plan(nn.Identity(), images, like)
+    assert plan(nn.Identity(), images, like, micro_batch=below).micro_batch == below
+    assert like.tried[-1] == below
+
+
+@pytest.mark.parametrize(
+    ("error", "images", "fits"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), 1, None),
+        (RuntimeError("GET was unable to find an engine to execute this computation"), 2, None),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), 2, None),
+        (RuntimeError("GET was unable to find an engine to execute this computation"), 1, RuntimeError),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), 2, RuntimeError),
+    ],
+)
+def test_what_a_library_without_room_says_means_that_it_does_not_fit(
+    error: Exception, images: int, fits: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless a single image meets it: then something else is wrong."""
+
+    class Broken(nn.Module):
+        def forward(self, _: Tensor) -> Tensor:
+            raise error
+
+    for name in ("memory_allocated", "memory_reserved", "reset_peak_memory_stats", "set_per_process_memory_fraction"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: 0)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1, 1))
+    with pytest.raises(fits) if fits else contextlib.nullcontext():
+        assert _needs(Broken(), images, torch.empty(1, 3, 4, 4), 1) is None
 
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

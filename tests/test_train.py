@@ -395,7 +395,11 @@ def test_a_run_in_micro_batches_resumes_bit_for_bit(
     assert (other.exit_code, "micro_batch: 4 in the checkpoint, 8 now" in other.output) == (2, True)
 
 
-def test_a_micro_batch_that_does_not_divide_is_refused(shards: Path, tmp_path: Path) -> None:
+def test_a_micro_batch_that_does_not_divide_is_refused(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a GPU is asked what fits."""
+    monkeypatch.delattr(train, "build_training")
     done = run("--data", str(shards), "--out", str(tmp_path / "run"), "--micro-batch", "5")
     assert done.exit_code == 2
     assert "micro_batch 5 does not divide the 16 images of a rank's batch; near are 2, 4, 8" in done.output
