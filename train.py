@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args,
 import typer
 
 from pipeline.views import VIEWS, ViewConfig, make_views, parse_changes
+from tools import one_message
 
 if TYPE_CHECKING:
     import torch
@@ -375,7 +376,8 @@ def train(
 
     resume goes on from the newest checkpoint in `out`, or starts where there is none. origin says where a value came
     from, for the banner. Raises ValueError (RunError, DatasetError) for what the caller can mend, before the first
-    step; LoaderError, FloatingPointError or OSError for what goes wrong on the way, Preempted after a signal.
+    step; LoaderError, FloatingPointError or OSError for what goes wrong on the way, Preempted after a signal. Another
+    ValueError on the way is no fault of the caller's and comes as a RuntimeError.
     """
     from accelerate.utils import broadcast_object_list
 
@@ -611,7 +613,10 @@ def _train(
                 save_grid(batch.views, config.views, out / "views.png")
             yield batch.views
             if probe and batch.labels is not None:  # the next one is only asked for when this one is encoded
-                probe.learn(batch.labels, 1 / whole.count)
+                try:
+                    probe.learn(batch.labels, 1 / whole.count)
+                except ValueError as error:
+                    raise RunError(str(error)) from error
 
     if queries and step == 0:
         evaluate()
@@ -743,12 +748,12 @@ class Log:
 
     def __init__(self, out: Path, rank: int) -> None:
         self.out, self.rank, self.main = out, rank, rank == 0
-        self.step = 0  # done so far
+        self.started, self.step = False, 0  # steps done
         if self.main and (out / "status.json").exists():
             self._status("running", "setting up")  # no longer how it ended last time
 
     def start(self, config: dict[str, Any], resume_at: int) -> None:
-        self.step = resume_at
+        self.started, self.step = True, resume_at
         if not self.main:
             return
         self.out.mkdir(parents=True, exist_ok=True)
@@ -792,6 +797,8 @@ class Log:
             raise
         except BaseException as error:
             self.status("failed", f"{type(error).__name__}: {error}")
+            if self.started and type(error) is ValueError:  # what the caller can mend has been looked at before
+                raise RuntimeError(f"rank {self.rank} failed in step {self.step + 1}: {error}") from error
             raise
 
     def knn(self) -> dict[int, float]:
@@ -971,23 +978,20 @@ def _command(
     **options: Any,
 ) -> None:
     """Train an encoder with SimCLR. A recipe gives every value; a file and then options change them."""
+    from torch import OutOfMemoryError
     from torch.distributed.elastic.multiprocessing.errors import record
 
     rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-    try:
-        resolved, origin = resolve(ctx, recipe, views, view, second_view, **options)
-        record(train)(resolved, recipe=recipe, out=out, resume=resume, origin=origin)
-    except Preempted as error:
-        typer.echo(f"{rank}{error}", err=True)
-        raise typer.Exit(3) from error
-    except ValueError as error:
-        typer.echo(f"{rank}train: {error}", err=True)
-        raise typer.Exit(2) from error
-    except (RuntimeError, OSError, FloatingPointError) as error:
-        if type(error) is RuntimeError:  # not one of ours: the traceback is the message
-            raise
-        typer.echo(f"{rank}train: {error}", err=True)
-        raise typer.Exit(1) from error
+    with one_message(f"{rank}train"):
+        try:
+            resolved, origin = resolve(ctx, recipe, views, view, second_view, **options)
+            record(train)(resolved, recipe=recipe, out=out, resume=resume, origin=origin)
+        except Preempted as error:
+            typer.echo(f"{rank}{error}", err=True)
+            raise typer.Exit(3) from error
+        except OutOfMemoryError as error:
+            typer.echo(f"{rank}train: {error} Give a smaller --micro-batch or --keep-graphs.", err=True)
+            raise typer.Exit(1) from error
 
 
 def build_command() -> Callable[..., None]:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -33,6 +34,7 @@ from pipeline.loader import Batch, Loader, LoaderError
 from pipeline.shards import Sample
 from pipeline.write import write_shards
 from tests.oracles.monitor import contrast
+from tools import one_message
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM, BATCH = 70, 16  # four steps an epoch, six samples over
@@ -596,6 +598,52 @@ def test_processes_go_on_from_one_checkpoint_or_not_at_all(tmp_path: Path) -> No
             for step in numbers:
                 (tmp_path / str(rank) / name / f"step-{step:07d}").mkdir(parents=True)
     torch.multiprocessing.spawn(_blind_rank, (2, free_port(), str(tmp_path)), nprocs=2)
+
+
+# ---- how it fails ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("zip() argument 2 is longer"), None),
+        (RuntimeError("bare"), None),
+        (torch.distributed.DistBackendError("NCCL is gone"), None),
+        (torch.AcceleratorError("an illegal access"), None),
+        (
+            torch.OutOfMemoryError("CUDA is full."),
+            "train: CUDA is full. Give a smaller --micro-batch or --keep-graphs.",
+        ),
+        (LoaderError("rank 0 could not read"), "train: rank 0 could not read"),
+        (OSError("the plug was pulled"), "train: the plug was pulled"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_only_errors_of_ours_are_one_line(
+    error: Exception, line: str | None, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the way, not even a ValueError is about the options: a traceback says where it came from."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(train, "train_step", fail)
+    done = run("--data", str(shards), "--out", str(tmp_path / "run"))
+    assert done.exit_code == 1
+    if line:
+        assert done.stderr.splitlines()[-1] == line
+    else:
+        assert error in (done.exception, done.exception.__cause__)
+        assert "train:" not in done.stderr
+    assert json.loads((tmp_path / "run/status.json").read_text())["message"] == f"{type(error).__name__}: {error}"
+
+
+def test_tools_keep_the_traceback_of_what_is_not_theirs() -> None:
+    for error in (torch.OutOfMemoryError("CUDA is full"), RecursionError("too deep")):
+        with pytest.raises(type(error)), one_message("tool"):
+            raise error
+    with pytest.raises(typer.Exit), one_message("tool"):
+        raise LoaderError("could not read")
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Programs, one typer command line per file. They share how they fail, and how they read a run.
+"""Programs, one typer command line per file. They share how they fail, as train.py does, and how they read a run.
 
 page.py alone is none: it makes what `evaluate.py page` writes, with the grid that show_views.py draws.
 """
@@ -23,7 +23,8 @@ def one_message(program: str) -> Iterator[None]:
         typer.echo(f"{program}: {error}", err=True)
         raise typer.Exit(2) from error
     except (OSError, RuntimeError, FloatingPointError) as error:
-        if type(error) is RuntimeError:  # a LoaderError or a killed worker is named; a bare one needs its traceback
+        # A LoaderError or a killed worker is named; what torch or Python itself raises needs its traceback.
+        if isinstance(error, RuntimeError) and type(error).__module__.partition(".")[0] in ("builtins", "torch"):
             raise
         typer.echo(f"{program}: {error}", err=True)
         raise typer.Exit(1) from error
