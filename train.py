@@ -115,16 +115,15 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "epochs", "log_every", "checkpoint_every", "keep", "projection_dim", "max_skipped"):
-            if getattr(self, name) < 1:
+            if not getattr(self, name) >= 1:  # so that NaN fails too
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         for name in ("temperature", "width"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
         for name in (
             "steps",
             "base_lr",
             "warmup_epochs",
-            "momentum",
             "weight_decay",
             "seed",
             "micro_batch",
@@ -133,7 +132,9 @@ class TrainConfig:
             "keep_graphs",
             "knn_every",
         ):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum: expected at least 0 and less than 1, got {self.momentum}")
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
 
 
@@ -924,6 +925,12 @@ def _read_config_file(ctx: typer.Context, path: Path | None) -> Path | None:
         raise typer.BadParameter(f"{path} cannot be read: {error}") from error
     ctx.obj = {name: values.pop(name, {}) for name in VIEW_TABLES}
     known = {f.name for f in fields(TrainConfig)} - set(VIEW_TABLES)
+    for name, table in ctx.obj.items():
+        if not isinstance(table, dict):
+            raise typer.BadParameter(
+                f"{path}: {name}: expected a table, got {table!r}; write [{name}]"
+                + (f' preset = "{table}"' if name == "views" else " and its options, a line each")
+            )
     if unknown := sorted(values.keys() - known):
         raise typer.BadParameter(
             f"{path}: unknown key {', '.join(unknown)}; known: {', '.join(sorted(known))}, [views], [second_views]"

@@ -127,6 +127,10 @@ def test_the_second_view_is_the_first_with_its_own_changes(resolved: dict[str, A
         (["cifar10", "--views", "mnist"], "unknown views 'mnist'"),
         (["cifar10", "--batch-size", "0"], "batch_size: expected at least 1, got 0"),
         (["cifar10", "--head", "deep"], "deep"),
+        (["cifar10", "--base-lr", "nan"], "base_lr: expected at least 0, got nan"),
+        (["cifar10", "--temperature", "nan"], "temperature: expected more than 0, got nan"),
+        (["cifar10", "--width", "inf"], "width: expected more than 0, got inf"),
+        (["cifar10", "--momentum", "1"], "momentum: expected at least 0 and less than 1, got 1.0"),
     ],
 )
 def test_a_wrong_option_ends_in_one_message(arguments: list[str], named: str, resolved: dict[str, Any]) -> None:
@@ -138,7 +142,13 @@ def test_a_wrong_option_ends_in_one_message(arguments: list[str], named: str, re
 
 @pytest.mark.parametrize(
     ("text", "named"),
-    [("batchsize = 3", "unknown key batchsize"), ("epochs = 'many'", "--epochs"), ("epochs = ", "cannot be read")],
+    [
+        ("batchsize = 3", "unknown key batchsize"),
+        ("epochs = 'many'", "--epochs"),
+        ("epochs = ", "cannot be read"),
+        ("views = 'cifar'", "views: expected a table, got 'cifar'; write [views] preset = \"cifar\""),
+        ("second_views = 3", "second_views: expected a table, got 3; write [second_views]"),
+    ],
 )
 def test_a_wrong_file_ends_in_one_message(text: str, named: str, tmp_path: Path, resolved: dict[str, Any]) -> None:
     file = tmp_path / "run.toml"
