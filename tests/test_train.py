@@ -198,7 +198,7 @@ def test_a_compiled_run_is_the_eager_one_under_the_same_names(
         done = run("--data", str(shards), "--steps", "3", "--compile", choice, "--out", str(tmp_path / choice))
         assert done.exit_code == 0, done.output
         assert ("compiled" if choice == "on" else "eager") in done.output
-        assert len(graphs) == 1, "one graph without a break, and none where no record says that it wins"
+        assert len(graphs) == 1, "one graph without a break, and none where auto is off"
     assert [row["loss"] for row in rows(tmp_path / "on")] == pytest.approx(
         [row["loss"] for row in rows(tmp_path / "auto")], rel=1e-5
     )
