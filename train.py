@@ -132,9 +132,9 @@ class TrainConfig:
             "knn_every",
         ):
             if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum: expected at least 0 and less than 1, got {self.momentum}")
-                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
 
 
 # What may change when a run resumes, because it does not touch what is computed.
@@ -604,7 +604,7 @@ def _train(
                 checkpoint.save(
                     folder, step, model=network, optimizer=optimizer, extra=extra, keep=config.keep, probe=linear
                 )
-            except ValueError as error:  # training broke the weights before any loss showed it
+            except checkpoint.NotFiniteError as error:  # training broke the weights before any loss showed it
                 raise FloatingPointError(f"{error}. Lower --base-lr, and start anew") from error
         log.status("running")
 
@@ -925,13 +925,13 @@ def _read_config_file(ctx: typer.Context, path: Path | None) -> Path | None:
     except (OSError, ValueError) as error:
         raise typer.BadParameter(f"{path} cannot be read: {error}") from error
     ctx.obj = {name: values.pop(name, {}) for name in VIEW_TABLES}
-    known = {f.name for f in fields(TrainConfig)} - set(VIEW_TABLES)
     for name, table in ctx.obj.items():
         if not isinstance(table, dict):
             raise typer.BadParameter(
                 f"{path}: {name}: expected a table, got {table!r}; write [{name}]"
                 + (f' preset = "{table}"' if name == "views" else " and its options, a line each")
             )
+    known = {f.name for f in fields(TrainConfig)} - set(VIEW_TABLES)
     if unknown := sorted(values.keys() - known):
         raise typer.BadParameter(
             f"{path}: unknown key {', '.join(unknown)}; known: {', '.join(sorted(known))}, [views], [second_views]"

@@ -36,6 +36,10 @@ NOT_PICKLES = (
 METADATA_KEY = "swiftclr"  # exactly one: safetensors writes several in random order, and no two files are equal
 
 
+class NotFiniteError(ValueError):
+    """Weights or an optimizer's state that training broke; the message names the tensor and the step."""
+
+
 def save(
     folder: str | Path,
     step: int,
@@ -52,8 +56,8 @@ def save(
     optimizer  over parameters of `model`; its state may hold tensors and JSON values.
     extra      whatever else a resume needs, as JSON: configuration, loader position, metrics.
     probe      what was trained beside the model goes into a file of its own, probe.safetensors.
-    One process of a run calls this. Raises FileExistsError if the step is saved already, ValueError naming a tensor
-    that is not finite (NaN is nothing to resume from), OSError if the disk is full. Older checkpoints stay whole.
+    One process of a run calls this. Raises FileExistsError if the step is saved already, NotFiniteError naming a tensor
+    (NaN is nothing to resume from), OSError if the disk is full. Older checkpoints stay whole.
     """
     folder = Path(folder)
     final = folder / f"step-{step:07d}"
@@ -75,7 +79,7 @@ def save(
         files["probe.safetensors"] = probe.state_dict()
     for name, part in files.items():
         if bad := _first_not_finite(part):
-            raise ValueError(f"{bad} ({name}) is not finite at step {step}: nothing saved, older checkpoints kept")
+            raise NotFiniteError(f"{bad} ({name}) is not finite at step {step}: nothing saved, older checkpoints kept")
 
     with _staged(folder, final.name) as partial:
         for name, part in files.items():
@@ -150,11 +154,6 @@ def load(
         probe.load_state_dict(probed)
     optimizer.load_state_dict({"state": moments, "param_groups": groups})
     return state["step"], state["extra"]
-
-
-def fingerprint(config: Mapping[str, Any]) -> str:
-    """A hash of a JSON-able configuration; the order of its keys does not count."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any], allowed: Collection[str] = ()) -> list[str]:

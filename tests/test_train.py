@@ -26,7 +26,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import train
-from model.checkpoint import latest, load_encoder
+from model.checkpoint import NotFiniteError, latest, load_encoder
 from model.encoder import build_encoder
 from model.nt_xent import nt_xent
 from model.simclr import ProjectionHead, SimCLR
@@ -646,6 +646,21 @@ def test_only_errors_of_ours_are_one_line(
         assert error in (done.exception, done.exception.__cause__)
         assert "train:" not in done.stderr
     assert json.loads((tmp_path / "run/status.json").read_text())["message"] == f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"), [(NotFiniteError("fc.weight is not finite"), True), (ValueError("the optimizer"), False)]
+)
+def test_only_broken_weights_are_the_learning_rate_s_fault(
+    error: Exception, advice: bool, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("model.checkpoint.save", fail)
+    done = run("--data", str(shards), "--out", str(tmp_path / "run"), "--steps", "1")
+    assert (done.exit_code, "Lower --base-lr" in done.stderr) == (1, advice)
+    assert str(error) in str(done.exception if not advice else done.stderr)
 
 
 def test_tools_keep_the_traceback_of_what_is_not_theirs() -> None:
