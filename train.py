@@ -751,7 +751,7 @@ class Log:
     def __init__(self, out: Path, rank: int) -> None:
         self.out, self.rank, self.main = out, rank, rank == 0
         self.started, self.step = False, 0  # steps done
-        if self.main and (out / "status.json").exists():
+        if self.main and self._state() not in (None, "done"):
             self._status("running", "setting up")  # no longer how it ended last time
 
     def start(self, config: dict[str, Any], resume_at: int) -> None:
@@ -766,7 +766,7 @@ class Log:
                 kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= resume_at]
             self._replace(name, "".join(kept))
         self._replace("config.json", json.dumps(config, indent=1))
-        if not (self.out / "status.json").exists():
+        if self._state() in (None, "done"):
             self._status("running", "setting up")
         self.status("running")
 
@@ -782,9 +782,12 @@ class Log:
         Any process writes that it failed, once the folder is a run's. The first one's words stay: the others then fail
         because it is gone.
         """
-        file = self.out / "status.json"
-        if (self.main or state == "failed") and file.exists() and json.loads(file.read_text())["state"] == "running":
+        if (self.main or state == "failed") and self._state() == "running":
             self._status(state, message)
+
+    def _state(self) -> str | None:
+        file = self.out / "status.json"
+        return json.loads(file.read_text())["state"] if file.exists() else None
 
     def _status(self, state: str, message: str) -> None:
         row = {"state": state, "step": self.step, "rank": self.rank, "message": message}

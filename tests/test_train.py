@@ -717,6 +717,10 @@ def test_a_run_is_never_overwritten_nor_resumed_with_other_settings(shards: Path
     assert other.exit_code == 2
     assert "batch_size: 16 in the checkpoint, 8 now" in other.output
     assert "views.flip_p: 0.5 in the checkpoint, 0.1 now" in other.output
+    assert before == files()  # what is done stays done
+    stopped = json.loads(before[out / "status.json"]) | {"state": "preempted"}
+    (out / "status.json").write_text(json.dumps(stopped))
+    assert run(*same, "--resume", "--batch-size", "8").exit_code == 2
     after = files()
     assert {path for path in after if after[path] != before.get(path)} == {out / "status.json"}
     status = json.loads(after[out / "status.json"])
