@@ -16,10 +16,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.images import BadImageError
 from pipeline.store import address, fetch, is_remote
 
 FORMAT, VERSION = "swiftclr-shards", 2  # version 1 had no raw shape and no quarantine; it is read too
 NAME = re.compile(r"[A-Za-z0-9_-]+")
+# Of a file that no second attempt would read; any other error may pass, and costs no image.
+NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG}
 
 
 class DatasetError(ValueError):
@@ -39,16 +42,27 @@ class Sample:
     fault: str = ""  # why there is nothing to read, where its source knows already: it is left out for that
 
     def read(self, root: Path) -> bytes:
-        """The encoded image. Raises OSError, also where the file ends before the image does."""
+        """The encoded image.
+
+        Raises BadImageError ("unreadable") where it is not there: no such file, no permission, or a file that ends
+        before the image does. Raises OSError naming the file where reading fails otherwise: the image may be sound.
+        """
         if self.fault:
-            raise OSError(errno.EINVAL, self.fault)
+            raise BadImageError("unreadable", self.fault)
         if self.data is not None:
             return self.data
-        with open(root / (self.file or self.name), "rb") as file:
-            file.seek(self.offset)
-            data = file.read(self.size)
+        path = root / (self.file or self.name)
+        try:
+            with open(path, "rb") as file:
+                file.seek(self.offset)
+                data = file.read(self.size)
+        except OSError as error:
+            if error.errno in NOT_THERE:
+                raise BadImageError("unreadable", os.strerror(error.errno)) from error
+            hint = f"{error.strerror}; the same command goes on once it can be read"
+            raise OSError(error.errno, hint, path) from error
         if len(data) < self.size:
-            raise OSError(errno.EIO, f"{len(data)} of {self.size} bytes are there")
+            raise BadImageError("unreadable", f"{len(data)} of {self.size} bytes are there")
         return data
 
 

@@ -72,7 +72,7 @@ def write_shards(
     Images that cannot be used are left out; they and the converted ones are listed in `actions.jsonl`, and all are
     counted in `Dataset.counts`. Where an earlier call with the same samples (files of the same size and time) and
     options was interrupted, its finished shards are used. Raises DatasetError for the caller's input, ValueError for
-    rules that make no sense, OSError when reading the disk or writing to it fails.
+    rules that make no sense, OSError when reading the disk or writing to it fails: no image is left out for that.
     """
     rules = Rules(on_bad=on_bad, store=store, resize=resize, quality=quality, verify=verify, max_pixels=max_pixels)
     size = shard_size if shard_size is not None else min(1000, -(-len(samples) // 16))
@@ -231,9 +231,9 @@ class _Part:
         if image.odd:
             self.actions.append({"action": "reencoded", "reason": image.change, "path": sample.name, "key": key})
 
-    def leave_out(self, sample: Sample, reason: str, detail: str) -> None:
-        _count(self.left_out, reason)
-        self.actions.append({"action": "left out", "reason": reason, "path": sample.name, "detail": detail})
+    def leave_out(self, sample: Sample, why: BadImageError) -> None:
+        _count(self.left_out, why.reason)
+        self.actions.append({"action": "left out", "reason": why.reason, "path": sample.name, "detail": str(why)})
 
 
 def _count(counts: dict[str, int], what: str) -> None:
@@ -353,15 +353,13 @@ def _write_shard(
                 try:
                     data = sample.read(root)
                     image = prepare(convert(data) if convert else data, rules)
-                except (OSError, BadImageError) as error:
-                    reason = error.reason if isinstance(error, BadImageError) else "unreadable"
-                    detail = _without_path(error)
+                except BadImageError as error:
                     if rules.on_bad == "fail":
                         raise DatasetError(
-                            f"{sample.name!r} cannot be stored ({reason}: {detail}), and on_bad is 'fail': mend or "
-                            "remove it, or choose 'skip' or 'reencode'. Nothing was written"
+                            f"{sample.name!r} cannot be stored ({error.reason}: {error}), and on_bad is 'fail': mend "
+                            "or remove it, or choose 'skip' or 'reencode'. Nothing was written"
                         ) from error
-                    part.leave_out(sample, reason, detail)
+                    part.leave_out(sample, error)
                     continue
                 key = f"{position:08d}-{re.sub('[^A-Za-z0-9_-]+', '_', Path(sample.name).stem)[:64]}"
                 lines.append(_add(writer, key, image, sample.label))
@@ -412,8 +410,3 @@ def _check_options(
         if (sample.label is not None) if classes is None else sample.label not in range(len(classes)):
             expected = "no label" if classes is None else f"a label from 0 to {len(classes) - 1}"
             raise DatasetError(f"{sample.name!r} has label {sample.label!r}, expected {expected}")
-
-
-def _without_path(error: Exception) -> str:
-    """The cause alone: the manifest of a data set does not depend on where its source lay."""
-    return error.strerror or type(error).__name__ if isinstance(error, OSError) else str(error)

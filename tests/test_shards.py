@@ -1,5 +1,6 @@
 """Shards hold what was put in, in an order fixed by the seed, and whatever does not fit is refused by name."""
 
+import errno
 import hashlib
 import io
 import json
@@ -411,6 +412,30 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, workers: int) -
     assert contents(again.root) == contents(whole.root)
     assert {name: (again.root / name).stat().st_mtime_ns for name in finished} == finished
     assert sorted(path.name for path in tmp_path.iterdir()) == ["set", "whole"]
+
+
+def test_a_disk_that_fails_for_a_while_drops_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call ends naming the file; what is finished stays, and the same call ends as if nothing had happened."""
+    for i in range(12):
+        (tmp_path / f"{i}.jpg").write_bytes(picture(i))
+    call: dict[str, Any] = {"samples": [Sample(f"{i}.jpg") for i in range(12)], "classes": None, "root": tmp_path}
+    whole = write_shards(out=tmp_path / "whole", shard_size=3, **call)
+    opened: list[Path] = []
+
+    def fail_at_the_tenth(path: Path, *arguments: Any, **options: Any) -> Any:
+        opened.extend([path] if path.suffix == ".jpg" else [])
+        if len(opened) == 10:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return open(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.shards.open", fail_at_the_tenth, raising=False)
+        with pytest.raises(OSError, match=r"Input/output error; the same command goes on .*/\d+.jpg"):
+            write_shards(out=tmp_path / "set", shard_size=3, **call)
+    done: list[int] = []
+    again = write_shards(out=tmp_path / "set", shard_size=3, **call, progress=lambda each, _: done.append(each))
+    assert done == [12]
+    assert contents(again.root) == contents(whole.root)
 
 
 CHANGES: dict[str, tuple[Callable[[Path], object], dict[str, Any], str]] = {

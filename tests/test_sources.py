@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 
 from pipeline import sources
+from pipeline.images import BadImageError
 from pipeline.shards import DatasetError, Sample
 from pipeline.sources import Member, Source, TarError, members
 from tests.test_shards import picture
@@ -328,7 +329,7 @@ def test_webdataset_samples_with_wrong_labels_links_and_lost_ends_are_faults(tmp
     }
     assert [s.name for s in source.samples if not s.fault] == [f"{whole.name}/good.jpg", f"{cut.name}/1.jpg"]
     assert "1 of 2 tars are cut off or damaged" in source.warning
-    with pytest.raises(OSError, match="a symbolic link"):
+    with pytest.raises(BadImageError, match="a symbolic link"):
         next(s for s in source.samples if s.fault == "a symbolic link").read(tmp_path)
 
 
@@ -717,5 +718,5 @@ def test_labels_outside_a_class_list_and_files_that_are_no_text_are_refused(tmp_
 def test_a_sample_cut_short_is_an_error_and_not_a_shorter_image(tmp_path: Path) -> None:
     """An archive that shrank after its headers were read."""
     (tmp_path / "a.tar").write_bytes(bytes(100))
-    with pytest.raises(OSError, match="40 of 50 bytes are there"):
+    with pytest.raises(BadImageError, match="40 of 50 bytes are there"):
         Sample("x", file="a.tar", offset=60, size=50).read(tmp_path)
