@@ -314,23 +314,24 @@ def webdataset(source: Path, pattern: str = "*.tar", class_list: Path | None = N
     found: list[tuple[str, Member, int | str | None]] = []  # tar, image, label or what is wrong with it
     lost: list[Sample] = []
     for tar in tars:
+        tar_name = tar.relative_to(root).as_posix()  # tars of one name may lie in several folders
         images: dict[str, Member] = {}
         labels: dict[str, int | str] = {}
         with open(tar, "rb") as file:
             try:
-                for member in members(file, tar.name):
+                for member in members(file, tar_name):
                     stem, suffix = os.path.splitext(member.name)
                     if suffix == ".cls":
                         labels[stem] = _read_label(file, member)
                     elif _is_image(member.name):
                         images[member.name] = member
             except TarError as error:
-                lost.append(Sample(f"{tar.name}: the rest", fault=str(error), file=tar.name))
+                lost.append(Sample(f"{tar_name}: the rest", fault=str(error), file=tar_name))
         for name, member in images.items():
             stem = os.path.splitext(name)[0]
             folder, slash, file_name = stem.rpartition("/")
             label = labels.get(stem, labels.get(f"{folder}{slash}{file_name.partition('.')[0]}"))
-            found.append((tar.name, member, label))
+            found.append((tar_name, member, label))
     if not found:
         first = f"; {lost[0].fault}" if lost else ""
         raise DatasetError(f"{source} holds no image in {len(tars)} tars ({', '.join(sorted(IMAGE_SUFFIXES))}){first}")

@@ -12,6 +12,7 @@ import tarfile
 import time
 import tracemalloc
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -303,6 +304,22 @@ def test_webdataset_shards_agree_with_the_webdataset_library(tmp_path: Path) -> 
     assert sources.webdataset(tmp_path, "1.tar").classes == [str(i) for i in range(8)]
     bare = make_tar(tmp_path / "bare.tar", [("1.jpg", b"1")])
     assert sources.webdataset(bare).classes is None
+
+
+def test_webdataset_tars_of_one_name_in_several_folders_keep_apart(tmp_path: Path) -> None:
+    """Each image comes from its own tar, also where a tar of the same name lies further up; a cut one is named so."""
+    for folder, image in {"": b"upper", "a": b"first", "b": b"other"}.items():
+        (tmp_path / folder).mkdir(exist_ok=True)
+        make_tar(tmp_path / folder / "0.tar", [("1.jpg", image), ("1.cls", b"%d" % len(folder))])
+    cut = tmp_path / "b" / "1.tar"
+    cut.write_bytes((tmp_path / "b" / "0.tar").read_bytes()[:600])
+    source = sources.webdataset(tmp_path, "**/*.tar")
+    assert read(replace(source, samples=source.samples[:3])) == [
+        ("0.tar/1.jpg", 0, b"upper"),
+        ("a/0.tar/1.jpg", 1, b"first"),
+        ("b/0.tar/1.jpg", 1, b"other"),
+    ]
+    assert faults(source)["b/1.tar: the rest"].startswith("b/1.tar: the tar is cut off")
 
 
 def test_webdataset_samples_with_wrong_labels_links_and_lost_ends_are_faults(tmp_path: Path) -> None:
