@@ -158,13 +158,16 @@ def publish(out: str | Path, keep: str | None = None) -> Iterator[Path]:
     """Yield a temporary folder beside `out` that becomes `out` when the block ends well, and vanishes when it fails.
 
     The folder is locked while the block runs; what a killed run left in it is removed first. `keep` names a file that
-    prevents both: a folder that holds it outlives failure, and is yielded as it was left. The file is not published.
-    Raises DatasetError if `out` is a file, holds anything, or is being written by another process.
+    prevents both: a folder that holds it outlives failure, and is yielded as it was left. The file is removed last: a
+    run killed just before leaves it in `out`, which is whole.
+    Raises DatasetError if `out` is a file, a mount point, holds anything, or is being written by another process.
     """
     target = Path(out).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         kind = "is not empty" if target.is_dir() else "is a file"
         raise DatasetError(f"{out} {kind}, and nothing is ever overwritten: give a new folder, or remove it yourself")
+    if os.path.ismount(target):
+        raise DatasetError(f"{out} is a mount point, which no finished folder can replace: give a new folder inside it")
     temporary = target.with_name(f".{target.name}.partial")
     kept = temporary / keep if keep else None
     try:
@@ -185,13 +188,13 @@ def publish(out: str | Path, keep: str | None = None) -> Iterator[Path]:
                 _remove(temporary.iterdir())
             yield temporary
             os.fsync(lock)
-            if kept:
-                kept.unlink(missing_ok=True)
             os.rename(temporary, target)  # fails if `out` has been filled meanwhile
         except BaseException:
             if not (kept and kept.exists()):
                 shutil.rmtree(temporary)
             raise
+        if keep:
+            (target / keep).unlink(missing_ok=True)
         parent = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
         os.fsync(parent)
         os.close(parent)

@@ -352,6 +352,16 @@ def test_what_exists_is_never_overwritten(tmp_path: Path) -> None:
     assert write_shards(pictures(2), tmp_path / "empty", classes=names(2)).samples == 2
 
 
+def test_a_mount_point_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finished folder is renamed into place, and the kernel lets nothing replace a mount point."""
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "disk")
+    with pytest.raises(DatasetError, match="disk is a mount point.*give a new folder inside it"):
+        write_shards(pictures(2), tmp_path / "disk", classes=names(2))
+    assert [path.name for path in tmp_path.iterdir()] == ["disk"]
+    assert write_shards(pictures(2), tmp_path / "disk" / "set", classes=names(2)).samples == 2
+
+
 def test_a_second_writer_is_refused(tmp_path: Path) -> None:
     """Two runs on one folder cannot mix: the second stops at the first one's lock, and the first goes on."""
     with publish(tmp_path / "set") as folder:
@@ -436,6 +446,27 @@ def test_a_disk_that_fails_for_a_while_drops_no_image(tmp_path: Path, monkeypatc
     again = write_shards(out=tmp_path / "set", shard_size=3, **call, progress=lambda each, _: done.append(each))
     assert done == [12]
     assert contents(again.root) == contents(whole.root)
+
+
+def test_a_set_that_cannot_be_renamed_into_place_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every shard stays until the set has its name, and the same call has nothing left to write but the manifest."""
+
+    rename = os.rename
+
+    def fail(old: Path, new: Path) -> None:
+        if new == tmp_path / "set":
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        rename(old, new)
+
+    whole = write_shards(pictures(8), tmp_path / "whole", classes=names(8), shard_size=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", fail)
+        with pytest.raises(OSError, match="busy"):
+            write_shards(pictures(8), tmp_path / "set", classes=names(8), shard_size=2)
+    done: list[int] = []
+    call: dict[str, Any] = {"classes": names(8), "shard_size": 2, "progress": lambda each, _: done.append(each)}
+    assert contents(write_shards(pictures(8), tmp_path / "set", **call).root) == contents(whole.root)
+    assert not done
 
 
 CHANGES: dict[str, tuple[Callable[[Path], object], dict[str, Any], str]] = {
