@@ -90,6 +90,7 @@ def _image(encoded: DataNode, reader: Reader, gpu: bool) -> tuple[DataNode, Data
         device="mixed" if gpu else "cpu",
         output_type=types.RGB,
         adjust_orientation=False,
+        jpeg_fancy_upsampling=True,  # on GPUs as on CPUs, and as Pillow: most JPEGs hold their colour at half the size
         hw_decoder_load=reader.hw_decoder_load,
     )
     return image, shape
@@ -398,7 +399,7 @@ def two_views(
 
 
 def plain_view(
-    reader: Reader, config: ViewConfig, *, batch_size: int, device_id: int | None, num_threads: int, half: bool = False
+    reader: Reader, config: ViewConfig, *, batch_size: int, device_id: int | None, num_threads: int
 ) -> Pipeline:
     """Pipeline of (image[, label digits]) for evaluation: shorter side resized, central `size` square kept."""
 
@@ -409,7 +410,7 @@ def plain_view(
         shorter = round(config.size / config.eval_crop)
         image = fn.resize(image, resize_shorter=shorter, interp_type=_INTERP[config.interpolation])
         image = fn.crop(image, crop=[config.size, config.size])
-        image = _normalise(image, config, half)
+        image = _normalise(image, config, half=False)
         return (image, label) if label is not None else (image,)
 
     return graph()

@@ -817,7 +817,9 @@ def test_the_gpu_graph_can_be_defined_and_keeps_every_pixel_on_the_gpu(
                 if device != "mixed" and i < node.spec.NumRegularInput():
                     wanted = schema.GetInputDevice(i, given.device, device)
                 assert given.device == wanted, f"{name} on the {device} takes input {i} from the {wanted}"
-            for argument in {**node._op._init_args, **node._op._call_args}:
+            arguments = {**node._op._init_args, **node._op._call_args}
+            assert arguments.get("jpeg_fancy_upsampling") or name != "decoders__Image"
+            for argument in arguments:
                 assert schema.HasArgument(argument), f"{name} knows no {argument}"
                 assert not schema.IsDeprecatedArg(argument), f"{argument} of {name} is deprecated"
         on = {name: device for name, device, _ in found if device != "cpu"}
@@ -856,3 +858,19 @@ def test_gpu_views_equal_cpu_views(tmp_path: Path, profile: str, changes: dict[s
             off = np.abs(cpu[row] - gpu[row])
             assert off.max() <= 2 * (allowed(config, draws, row) if profile == "fast" else 0.8), f"image {label}"
         assert np.abs(cpu - gpu).mean() < 0.1
+
+
+@pytest.mark.gpu
+def test_gpu_decodes_colour_at_half_the_size_as_the_cpu_does(tmp_path: Path) -> None:
+    """4:2:0, as most JPEGs are: two inverse DCTs apart; without interpolation the stripes would be off by 45 levels."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device: the GPU graph is only defined here, not run")
+    stripes = np.tile(np.repeat(np.uint8([[200, 40, 40], [40, 120, 40]]), 6, axis=0), (96, 8, 1))
+    data = shard(tmp_path, [encode(image, "JPEG", quality=95, subsampling=2) for image in (stripes, *photos()[:2])])
+    config = make_views("stl10", LEVELS)
+    cpu, gpu = (
+        np.array(plain_view(reader(data), config, batch_size=3, device_id=device, num_threads=1).run()[0].as_cpu())
+        for device in (None, 0)
+    )
+    assert np.abs(cpu - gpu).max() <= 10
+    assert np.abs(cpu - gpu).mean() < 1
