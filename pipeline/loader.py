@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from pipeline.colour import finish
-from pipeline.shards import Dataset
+from pipeline.shards import Dataset, DatasetError
 from pipeline.views import Draws, ViewConfig, check_pair, draw
 
 if TYPE_CHECKING:
@@ -373,9 +373,9 @@ def _outputs(
     pipe: "Pipeline", reader: "Reader", dataset: Dataset, device: torch.device, failed: str
 ) -> tuple[list[Tensor], Tensor | None]:
     """The pipeline's next images (n, S, S, 3), still in DALI's memory, and labels. Raises LoaderError."""
+    # Outputs bound to torch's stream are freed in its order: not before a copy that only waits in it is done.
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
     try:
-        # Outputs bound to torch's stream are freed in its order: not before a copy that only waits in it is done.
-        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         images = list(pipe.run(stream))
         labels = _parse_labels(images.pop()) if dataset.labelled else None
         return [torch.from_dlpack(image.as_tensor()) for image in images], labels
@@ -383,11 +383,13 @@ def _outputs(
         cause = " ".join(str(error).rpartition("encountered:")[2].partition("C++ context")[0].split())
         cause = cause.removesuffix(" Current pipeline object is no longer valid." * 2)
         sample = _faulty_image(reader, pipe) if isinstance(error, RuntimeError) else None
-        raise LoaderError(
-            f"{failed} of {dataset.address}: {sample or cause}. If a shard changed since it was written, copy it "
-            f"again; else let `python tools/make_shards.py verify {dataset.address} --images` list what cannot be "
-            "read, and `quarantine` leave it out"
-        ) from error
+        advice = (
+            ". If a shard changed since it was written, copy it again; else let "
+            f"`python tools/make_shards.py verify {dataset.address} --images` list what cannot be read, and "
+            "`quarantine` leave it out"
+        )
+        damaged = sample or isinstance(error, DatasetError) or "readers.webdataset`" in str(error)
+        raise LoaderError(f"{failed} of {dataset.address}: {sample or cause}{advice if damaged else ''}") from error
 
 
 def _faulty_image(reader: "Reader", pipe: "Pipeline") -> str | None:
@@ -466,11 +468,11 @@ def _divisors(number: int) -> list[int]:
 
 
 def _parse_labels(digits: Any) -> Tensor:
-    """(n, LABEL_DIGITS) zero-padded ASCII to (n,) int64. Raises ValueError naming the sample that has no number."""
+    """(n, LABEL_DIGITS) zero-padded ASCII to (n,) int64. Raises DatasetError naming the sample that has no number."""
     rows = digits.as_array()
     texts = rows.view(f"S{rows.shape[1]}").ravel()
     try:
         return torch.from_numpy(texts.astype("int64"))
     except ValueError:
         broken = next(i for i, text in enumerate(texts) if not text.isdigit())
-        raise ValueError(f"{digits[broken].source_info()} is no label: {bytes(texts[broken])!r}") from None
+        raise DatasetError(f"{digits[broken].source_info()} is no label: {bytes(texts[broken])!r}") from None

@@ -608,12 +608,26 @@ def test_an_image_with_more_pixels_than_the_manifest_allows_is_not_decoded(tmp_p
                 read()
 
 
+@pytest.mark.parametrize("failure", [RuntimeError, ValueError])
+def test_a_failure_that_is_not_the_shards_is_not_blamed_on_them(
+    flats: Dataset, monkeypatch: pytest.MonkeyPatch, failure: type[Exception]
+) -> None:
+    """The message has the cause, and sends nobody to copy or verify shards that are sound."""
+
+    def fail(*_: object) -> None:
+        raise failure("out of memory")
+
+    monkeypatch.setattr(Loader, "_draw", fail)
+    with pytest.raises(LoaderError, match="rank 0 could not read batch 0 of epoch 0 of .*: out of memory$"):
+        next(build(flats))
+
+
 def test_a_missing_shard_ends_in_one_message_naming_it(tmp_path: Path) -> None:
     data = write(tmp_path / "set", [noise(i) for i in range(16)], shard_size=4)
     Path(data.tars[2]).unlink()
     loader = build(data)
     for _ in range(2):
-        with pytest.raises(LoaderError, match=Path(data.tars[2]).name):
+        with pytest.raises(LoaderError, match=f"{Path(data.tars[2]).name}.*make_shards.py verify"):
             next(loader)
 
 
