@@ -117,7 +117,8 @@ def _name(source: Path) -> str:
 def file_list(file: Path, root: Path | None = None, class_list: Path | None = None) -> Source:
     """The images that a text file names, one a line: PATH or PATH and LABEL, all lines alike; empty lines are passed.
 
-    A tab parts them or, in a file without any tab, a comma; then a path with a comma is quoted as in CSV.
+    A tab parts them or, in a file without any tab, a comma; then a path with a comma is quoted as in CSV. Blanks around
+    either do not count. A header above numbers is refused, for it would make names of them.
     root        folder that the paths start from; None: that of the list.
     class_list  text file of class names, one a line, index = label. None: whole numbers as labels are indices and name
                 their classes themselves, other labels are names, sorted.
@@ -125,10 +126,11 @@ def file_list(file: Path, root: Path | None = None, class_list: Path | None = No
     """
     text = _read_text(file)
     tabs = "\t" in text
-    lines = text.split("\n")
+    lines = [line if line.strip() else "" for line in text.split("\n")]
     rows = (line.split("\t") for line in lines) if tabs else csv.reader(lines, strict=True)
     paths: list[str] = []
     labels: list[str] = []
+    numbers: list[int] = []  # of their lines
     try:
         for number, row in enumerate(rows, 1):
             if not row or row == [""]:
@@ -137,7 +139,8 @@ def file_list(file: Path, root: Path | None = None, class_list: Path | None = No
                 expected = "PATH and LABEL" if labels else "PATH" if paths else "PATH, or PATH and LABEL"
                 found = f"{len(row)} fields parted by {'tabs' if tabs else 'commas'}: {row[:3]}"
                 raise DatasetError(f"line {number} of {file} has {found}, expected {expected}")
-            paths.append(row[0])
+            paths.append(row[0].strip())
+            numbers.append(number)
             labels += (label.strip() for label in row[1:])
     except csv.Error as error:
         raise DatasetError(f"{file} is not a list of files: {error}") from error
@@ -147,17 +150,22 @@ def file_list(file: Path, root: Path | None = None, class_list: Path | None = No
     if not labels:
         return Source(samples=[Sample(path) for path in paths], classes=None, root=root, name=_name(file))
     names = _read_lines(class_list) if class_list else None
-    if all(label.isascii() and label.lstrip("+-").isdigit() for label in labels):
-        numbers = [int(label) for label in labels]
-        classes = names or [str(i) for i in range(min(max(numbers) + 1, MAX_CLASSES))]
-        indices = dict(zip(labels, numbers, strict=True))
+    numeric = [label.isascii() and label.lstrip("+-").isdigit() for label in labels]
+    if all(numeric):
+        indices = {label: int(label) if re.fullmatch(r"[+-]?\d{1,9}", label) else -1 for label in labels}
+        classes = names or [str(i) for i in range(min(max(indices.values()) + 1, MAX_CLASSES))]
+    elif len(labels) > 1 and all(numeric[1:]):
+        raise DatasetError(
+            f"line {numbers[0]} of {file} looks like a header: its label is {labels[0]!r}, and all others are numbers. "
+            "Remove it, or give a number"
+        )
     else:
         classes = names or sorted(set(labels))
         indices = {name: label for label, name in enumerate(classes)}
-    for path, name in zip(paths, labels, strict=True):
+    for number, path, name in zip(numbers, paths, labels, strict=True):
         if indices.get(name, -1) not in range(len(classes)):
             expected = f"a class of {class_list}" if class_list else f"a name, or a number from 0 to {MAX_CLASSES - 1}"
-            raise DatasetError(f"{file} gives {path!r} the label {name!r}, expected {expected}")
+            raise DatasetError(f"line {number} of {file} gives {path!r} the label {name!r}, expected {expected}")
     samples = [Sample(path, indices[name]) for path, name in zip(paths, labels, strict=True)]
     return Source(samples=samples, classes=classes, root=root, name=_name(file))
 

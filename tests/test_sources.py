@@ -691,6 +691,9 @@ def test_a_list_has_paths_with_names_numbers_or_nothing(tmp_path: Path) -> None:
     assert listed(file, '"a,b.jpg",2\nc.jpg,0\n') == ([("a,b.jpg", 2), ("c.jpg", 0)], ["0", "1", "2"])
     assert listed(file, 'a,"b.jpg\tx,y\n') == ([('a,"b.jpg', 0)], ["x,y"])
     assert listed(file, "\ufeffü.jpg\t10\n猫.jpg\t9\n")[0] == [("ü.jpg", 10), ("猫.jpg", 9)]
+    assert listed(file, " a.jpg , 1\n  \nb c.jpg,0\n") == ([("a.jpg", 1), ("b c.jpg", 0)], ["0", "1"])
+    assert listed(file, "a.jpg\tx\n \t \n b.jpg\ty\n") == ([("a.jpg", 0), ("b.jpg", 1)], ["x", "y"])
+    assert listed(file, "a.jpg,7up\nb.jpg,cat\nc.jpg,7\n")[1] == ["7", "7up", "cat"]
     (tmp_path / "names").write_text("dog\ncat\n")
     options = {"class_list": tmp_path / "names"}
     assert listed(file, "1.jpg,cat\n", **options) == ([("1.jpg", 1)], ["dog", "cat"])
@@ -711,8 +714,15 @@ def test_a_list_has_paths_with_names_numbers_or_nothing(tmp_path: Path) -> None:
         ("a.jpg\tx\ty\n", "line 1 of .* has 3 fields parted by tabs"),
         ("a.jpg,\n", "line 1 of .* expected PATH, or PATH and LABEL"),
         ('"a.jpg\n', "list.txt is not a list of files"),
-        ("a.jpg,1\nb.jpg,-1\n", "gives 'b.jpg' the label '-1', expected a name, or a number from 0 to 99999"),
+        (
+            "a.jpg,1\nb.jpg,-1\n",
+            "line 2 of .*list.txt gives 'b.jpg' the label '-1', expected a name, or a number from 0 to 99999",
+        ),
         ("a.jpg,123456789\n", "gives 'a.jpg' the label '123456789'"),
+        ("a.jpg,1\n\nb.jpg,--1\n", "line 3 of .*list.txt gives 'b.jpg' the label '--1', expected a name, or a number"),
+        (f"a.jpg,{'9' * 5000}\n", "line 1 of .*list.txt gives 'a.jpg' the label '9"),
+        ("image,label\na.jpg,0\nb.jpg,10\n", "line 1 of .*list.txt looks like a header: its label is 'label'.*Remove"),
+        ("\nimage\tlabel\na.jpg\t0\n", "line 2 of .*list.txt looks like a header"),
     ],
 )
 def test_a_list_that_does_not_fit_is_refused_by_line(tmp_path: Path, text: str, message: str) -> None:
