@@ -243,6 +243,7 @@ class Loader:
             "batch_size": self._batch_size,
             "micro_batch": self.micro_batch,
             "world_size": self.world_size,
+            "device": self.device.type,  # DALI's part of a position is of one graph, and a GPU's is another
             "views": asdict(self.views),
             "second_views": asdict(self._second_views) if self._second_views else None,
             "seed": self._seed,
@@ -267,7 +268,11 @@ class Loader:
         for name in ("views", "second_views"):
             fields = saved.get(name)
             saved[name] = fields and {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-        different = [f"{key}: {saved[key]} saved, {mine[key]} now" for key in mine if saved[key] != mine[key]]
+        different = [
+            f"{key}: {saved.get(key, 'nothing')} saved, {mine[key]} now"
+            for key in mine
+            if saved.get(key, "nothing") != mine[key]
+        ]
         if different:
             raise ValueError("the saved position belongs to another stream of batches; " + "; ".join(different))
         wait([self._ahead] if self._ahead else [])  # it uses the pipeline

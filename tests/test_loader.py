@@ -431,6 +431,11 @@ def test_a_position_of_another_stream_is_refused_naming_what_differs(noises: Dat
     state = json.loads(json.dumps(loader.state_dict()))
     other = write(tmp_path / "set", [noise(i + 1) for i in range(NUM)])
     views = dataclasses.replace(TINY, flip_p=0.25)
+    for device, told in (("cuda", "cuda"), (None, "nothing")):  # nothing was saved before it was part of a position
+        elsewhere = {**state, "identity": {k: v for k, v in state["identity"].items() if k != "device"}}
+        elsewhere["identity"] |= {"device": device} if device else {}
+        with pytest.raises(ValueError, match=f"batches; device: {told} saved, cpu now$"):
+            loader.load_state_dict(elsewhere)
     same: dict[str, Any] = {"dataset": noises, "batch_size": 6, "world_size": 3, "rank": 1}
     changes: list[tuple[dict[str, Any], list[str]]] = [
         ({"dataset": other}, ["dataset", noises.fingerprint, other.fingerprint]),
