@@ -49,8 +49,9 @@ os.register_at_fork(after_in_child=gc.freeze)
 
 @dataclass(frozen=True)
 class Batch:
-    """views (2n, 3, S, S) channels_last, view-major: rows i and i + n come from image i; labels (n,) int64 or None.
+    """views (2n, 3, S, S) channels_last, view-major: rows i and i + n come from image i.
 
+    labels (n,) int64 stay on the CPU, wherever the views are; None where the data set has none.
     position is the place of the global batch's first sample within its epoch.
     """
 
@@ -91,6 +92,10 @@ class Loader:
             raise ValueError(f"hw_decoder_load {hw_decoder_load} is not between 0 and 1")
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed {seed} is not between 0 and 2**63 - 1")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is none of {world_size} rank(s), which count from 0")
+        if micro_batch < 0:
+            raise ValueError(f"micro_batch {micro_batch} is negative; expected a number of images, or 0 for all")
         if batch_size < 1 or batch_size % world_size:
             raise ValueError(f"batch_size {batch_size} does not divide into {world_size} ranks")
         per_rank = dataset.samples // world_size
@@ -223,7 +228,7 @@ class Loader:
             partial(Loader._draw, weakref.proxy(self)),  # or it would live until cycles are collected
             second=self._second_views,
             batch_size=self.micro_batch,
-            device_id=self.device.index or 0 if self.device.type == "cuda" else None,
+            device_id=_device_id(self.device),
             num_threads=self._num_threads,
             half=self._half,
             levels=on_cpu and all(view.ends_in_colour for view in views),
@@ -309,7 +314,8 @@ def build_loader(
                  the pipeline and its memory are of that size. 0 gives the whole.
     second_views the distribution of the second view of each image, if it is not that of the first
     hw_decoder_load  share of a batch's JPEGs that the GPU's hardware decoder takes, where it has one (A100, H100)
-    Raises ValueError where the data set is smaller than one batch, LoaderError where a batch cannot be read.
+    Raises ValueError for arguments out of range or a data set smaller than one batch, LoaderError where a batch cannot
+    be read.
     """
     return Loader(
         dataset,
@@ -361,7 +367,7 @@ def build_eval_loader(
         reader,
         views,
         batch_size=min(batch_size, left),
-        device_id=device.index or 0 if device.type == "cuda" else None,
+        device_id=_device_id(device),
         num_threads=num_threads,
     )
     for step in itertools.count():
@@ -440,6 +446,13 @@ def _reader(dataset: Dataset, rank: int, world_size: int, shuffle: int, seed: in
         shuffle=shuffle,
         seed=seed,
     )
+
+
+def _device_id(device: torch.device) -> int | None:
+    """The number of a GPU, which DALI wants; torch's current one where the device has none, and None for the CPU."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _allow_open_files(shards: int) -> None:

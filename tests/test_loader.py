@@ -22,7 +22,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.loader import Batch, Loader, LoaderError, build_eval_loader, build_loader
+from pipeline.loader import Batch, Loader, LoaderError, _device_id, build_eval_loader, build_loader
 from pipeline.shards import Dataset, Sample, Shard, read_dataset
 from pipeline.views import VIEWS, ViewConfig, make_views
 from pipeline.write import write_shards
@@ -276,6 +276,8 @@ def test_micro_batches_are_the_whole_batch_in_parts(noises: Dataset, micro_batch
 def test_micro_batches_that_do_not_divide_the_batch_are_refused(flats: Dataset) -> None:
     with pytest.raises(ValueError, match="micro_batch 5 does not divide the 12 images.*; near are 3, 4, 6"):
         build(flats, 12, micro_batch=5)
+    with pytest.raises(ValueError, match="micro_batch -2 is negative"):
+        build(flats, micro_batch=-2)
 
 
 def test_an_image_gets_new_views_every_epoch(tmp_path: Path) -> None:
@@ -509,6 +511,20 @@ def test_batches_that_cannot_be_made_are_refused_before_anything_is_read(
 def test_a_seed_that_the_generators_cannot_take_is_refused_at_once(flats: Dataset, seed: int) -> None:
     with pytest.raises(ValueError, match=rf"seed.*{seed}"):
         build(flats, seed=seed)
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [(2, 2), (-1, 2), (0, 0)])
+def test_a_rank_outside_the_world_is_refused_at_once(flats: Dataset, rank: int, world_size: int) -> None:
+    with pytest.raises(ValueError, match=rf"rank {rank} is none of {world_size} rank"):
+        build(flats, rank=rank, world_size=world_size)
+
+
+@pytest.mark.parametrize(("device", "number"), [("cpu", None), ("cuda", 3), ("cuda:0", 0), ("cuda:1", 1)])
+def test_a_gpu_without_a_number_is_the_current_one(
+    monkeypatch: pytest.MonkeyPatch, device: str, number: int | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert _device_id(torch.device(device)) == number
 
 
 @pytest.mark.parametrize("load", [-0.1, 1.5])
