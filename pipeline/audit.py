@@ -14,7 +14,7 @@ from functools import partial
 from io import BufferedIOBase
 from pathlib import Path
 
-from pipeline.images import MAX_PIXELS, BadImageError, Rules, ppm_shape, prepare
+from pipeline.images import BadImageError, Rules, ppm_shape, prepare
 from pipeline.shards import Dataset, DatasetError, Shard, content_fault, manifest, read_dataset, write_text
 from pipeline.store import fetch, is_remote, opened
 from pipeline.workers import in_order
@@ -193,6 +193,6 @@ def _problems(dataset: Dataset, tar: BufferedIOBase, end: int, members: list[_Me
             yield f"{name} is no PPM of {dataset.raw[1]}x{dataset.raw[0]} pixels"
         elif images:
             try:
-                prepare(content, Rules(max_pixels=dataset.options.get("max_pixels", MAX_PIXELS)))
+                prepare(content, Rules(max_pixels=dataset.options["max_pixels"]))
             except BadImageError as error:
                 yield f"{name}: {error.reason} ({error})"
