@@ -66,10 +66,10 @@ def verify(
 def quarantine(path: str | Path, keys: Iterable[str]) -> Dataset:
     """Leave samples out of a data set from now on; returns what it is now, which a running training will not resume on.
 
-    All such keys stand in `Dataset.counts["quarantined"]`. The manifest as it was at first stays as
-    dataset.json.original; put back in place of dataset.json, it undoes every quarantine. Whoever reads the tars without
-    the indexes still meets the samples. Raises DatasetError for unknown keys, if no sample would be left, or for object
-    storage, which is only read.
+    All such keys stand in `Dataset.counts["quarantined"]`, and those whose label can be read no longer count in its
+    `per_class`. The manifest as it was at first stays as dataset.json.original; put back in place of dataset.json, it
+    undoes every quarantine. Whoever reads the tars without the indexes still meets the samples. Raises DatasetError for
+    unknown keys, if no sample would be left, or for object storage, which is only read; then nothing is written.
     """
     dataset = read_dataset(path)
     if is_remote(dataset.address):
@@ -85,12 +85,13 @@ def quarantine(path: str | Path, keys: Iterable[str]) -> Dataset:
         before = set(dataset.counts.get("quarantined", ()))
         wanted = {key.partition(".")[0] for key in keys} - before  # a member's name will do: keys have no dot
         found: set[str] = set()
-        shards = []
+        shards, indexes = [], dict[Path, str]()
+        per_class = list(dataset.counts.get("per_class") or ())
         for shard in dataset.shards:
             _, *lines = (root / shard.index).read_text(encoding="ascii").splitlines()
-            out = {_key(line) for line in lines} & wanted
+            out = [line for line in lines if _key(line) in wanted]
             if out:
-                kept = [line for line in lines if _key(line) not in out]
+                kept = [line for line in lines if _key(line) not in wanted]
                 index = "\n".join([f"v1.2 {len(kept)}", *kept, ""])
                 shard = replace(
                     shard,
@@ -98,18 +99,23 @@ def quarantine(path: str | Path, keys: Iterable[str]) -> Dataset:
                     quarantined=shard.quarantined + len(out),
                     index_sha256=hashlib.sha256(index.encode()).hexdigest(),
                 )
-                write_text(root / shard.index, index)
-            found |= out
+                indexes[root / shard.index] = index
+                for label in _labels(root / shard.file, out):
+                    if label < len(per_class):
+                        per_class[label] -= 1
+            found |= {_key(line) for line in out}
             if shard.samples:
                 shards.append(shard)
         if unknown := sorted(wanted - found):
             raise DatasetError(f"{path} has no sample {', '.join(unknown[:5])} ({len(unknown)} unknown keys)")
         if not shards:
             raise DatasetError(f"no sample of {path} would be left")
+        for file, index in indexes.items():
+            write_text(file, index)
         if not (root / ORIGINAL).exists():
             write_text(root / ORIGINAL, (root / "dataset.json").read_text(encoding="ascii"))
         samples = sum(shard.samples for shard in shards)
-        counts = {**dataset.counts, "quarantined": sorted(before | found)}
+        counts = {**dataset.counts, "per_class": per_class or None, "quarantined": sorted(before | found)}
         write_text(
             root / "dataset.json", manifest(replace(dataset, samples=samples, counts=counts, shards=tuple(shards)))
         )
@@ -121,6 +127,15 @@ def quarantine(path: str | Path, keys: Iterable[str]) -> Dataset:
 def _key(line: str) -> str:
     """The key in a line of an index, whose fourth word is KEY.EXTENSION."""
     return line.split(" ", 4)[3].partition(".")[0]
+
+
+def _labels(tar: Path, lines: Iterable[str]) -> Iterator[int]:
+    """The labels of these samples of an index, as far as they are numbers."""
+    with open(tar, "rb") as file:
+        for member in (member for line in lines for member in _members(line) if member.extension == "cls"):
+            file.seek(member.offset)
+            if (label := file.read(min(member.size, 10))).isdigit():
+                yield int(label)
 
 
 def _faults(dataset: Dataset, images: bool, shard: Shard) -> list[Fault]:

@@ -93,9 +93,8 @@ class Dataset:
     classes: tuple[str, ...] | None  # class names, index = label; None: no labels
     extensions: tuple[str, ...]  # of the images present, sorted: "jpg", "png", "ppm", "webp"
     options: dict[str, Any]  # seed, shard_size and the rules for images
-    counts: dict[
-        str, Any
-    ]  # kept {extension: n}, reencoded and left_out {reason: n}, per_class [n] or None, quarantined
+    # when written: kept {extension: n}, reencoded, left_out {reason: n}; now: per_class [n] or None, quarantined [key]
+    counts: dict[str, Any]
     shards: tuple[Shard, ...]
     raw: tuple[int, int] | None = None  # (height, width) if every image is a PPM of this size: no decoder is needed
 
