@@ -26,7 +26,7 @@ def show(
     second_view: Annotated[
         list[str] | None, typer.Option(help="Change one option of the second views alone. Repeatable.")
     ] = None,
-    images: Annotated[int, typer.Option(min=1, help="Rows.")] = 8,
+    images: Annotated[int, typer.Option(min=1, help="Rows, at most one per image.")] = 8,
     pairs: Annotated[int, typer.Option(min=1, help="Pairs of views per row.")] = 3,
     seed: Annotated[int, typer.Option(help="Of the first pair's draws; the next pair takes the next seed.")] = 0,
 ) -> None:
@@ -41,7 +41,9 @@ def show(
 
         config = make_views(views, parse_changes(view or []))
         second = make_views(config, parse_changes(second_view or []))
-        drawn = grid(read_dataset(data), config, second, images=images, pairs=pairs, seed=seed)
+        dataset = read_dataset(data)
+        images = min(images, dataset.samples)
+        drawn = grid(dataset, config, second, images=images, pairs=pairs, seed=seed)
         picture.parent.mkdir(parents=True, exist_ok=True)
         save_image(drawn, picture)
         typer.echo(f"{picture}: {images} images, each with {pairs} pairs of views at {config.size} px")
