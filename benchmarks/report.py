@@ -357,6 +357,8 @@ def lars(rows: list[Row]) -> str:
 
 def sweep(rows: list[Row]) -> str:
     """Each preset over the batch sizes."""
+    from benchmarks.sweep import ENOUGH
+
     text = ""
     for part in newest_sweeps(rows):
         lines = []
@@ -368,6 +370,8 @@ def sweep(rows: list[Row]) -> str:
             sizes = [number(row["peak_host_mib"]), number(row["peak_device_mib"])]
             gpu = [number(row["gpu_utilisation_percent"], " %"), number(row["gpu_power_w"], " W")]
             said = row["verdict"] or row["status"]
+            if ratio and not row.get("ratio_unknown") and float(low) < ENOUGH < float(high):
+                said = "noisy"  # a row of before it was recorded how well its ratio is known
             lines.append([row["batch_size"], row["micro_batch"], *speeds, ratio, *steps, *sizes, *gpu, said])
         head = ["batch", "micro-batch", "loader", "synthetic", "together", "together / synthetic", "data_wait"]
         head += ["step ms", "p95", "host MiB", "device MiB", "GPU", "power", "verdict"]

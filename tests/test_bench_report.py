@@ -72,6 +72,12 @@ def test_a_preset_of_another_network_begins_anew_and_a_noisy_row_says_so(tmp_pat
     assert "| noisy |" in text
 
 
+def test_an_older_row_whose_rounds_lie_on_both_sides_has_no_verdict(tmp_path):
+    rows = [swept(256, ratio_p20=0.95, ratio_unknown=""), swept(512, ratio_p20=0.95, ratio_unknown=0.01)]
+    lines = [line for line in rendered("sweep", rows, tmp_path).splitlines() if line.startswith(("| 256", "| 512"))]
+    assert [line.split(" | ")[-1] for line in lines] == ["noisy |", "the model limits |"]
+
+
 def test_presets_processes_and_gpus_have_tables_of_their_own(tmp_path):
     rows = [swept(256), swept(256, world_size=8), swept(256, preset="imagenet")]
     gpu = {"gpu_utilisation_percent": 98.7, "gpu_power_w": 612.3, "peak_device_mib": 70000}
