@@ -9,6 +9,7 @@ peak_host_mib() -> float                    most that this process has been resi
 gpu_watch() -> [Reading]                    utilisation and power while its block ran, as the driver tells
 cpu_seconds() -> float                      processor time of this process and of its workers, so far
 stolen_s() -> float                         processor time that a virtual machine did not get, so far
+kept_awake()                                no processor sleeps while its block runs
 append(record, rows), read(record) -> rows  rows are added to a CSV, never edited
 die_with_parent()                           no process of a benchmark that was killed goes on using the machine
 """
@@ -229,6 +230,32 @@ def stolen_s() -> float:
     except (OSError, IndexError, ValueError):
         return 0.0
     return ticks / os.sysconf("SC_CLK_TCK")
+
+
+_SPIN = """
+import os, sys
+os.sched_setaffinity(0, {int(sys.argv[1])})
+os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+while os.getppid() == int(sys.argv[2]):
+    pass
+"""
+
+
+@contextlib.contextmanager
+def kept_awake() -> Iterator[None]:
+    """Keeps all processors of this process busy, at a priority below every other program's (Linux only).
+
+    One of a virtual machine that falls asleep may wait for milliseconds until its hypervisor lets it wake, and threads
+    that wait for each other sleep often. stolen_s() counts that wait.
+    """
+    command = [sys.executable, "-c", _SPIN]
+    spinners = [subprocess.Popen([*command, str(core), str(os.getpid())]) for core in os.sched_getaffinity(0)]
+    try:
+        yield
+    finally:
+        for each in spinners:
+            each.kill()
+            each.wait()
 
 
 def die_with_parent() -> None:

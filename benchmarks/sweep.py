@@ -12,8 +12,9 @@
 Every batch size is measured in a process of its own (under a launcher: one per rank) by train.py's network, optimizer,
 loss and step. Its turns alternate: the loader alone, the step on synthetic views, and both; the first steps are
 warm-up, and medians over the rounds count. In a virtual machine whose hypervisor runs others meanwhile, a round is
-repeated, within twice the budget. Rates are in source images, of which each gives two views. A process that runs out of
-memory leaves a row that says so, and the sweep goes on. Without SHARDS the demo's data serve.
+repeated, within twice the budget; --awake makes that rarer, for there a processor that slept may be long in waking.
+Rates are in source images, of which each gives two views. A process that runs out of memory leaves a row that says so,
+and the sweep goes on. Without SHARDS the demo's data serve.
 
 The loader limits where training on synthetic views would be more than 3 % faster: then the stage that adds most time to
 it alone is named, see benchmarks/loader.py. On CPUs the two share the cores, so a loader may limit without being waited
@@ -55,6 +56,7 @@ from benchmarks.measure import (
     environment,
     gpu_watch,
     held_mib,
+    kept_awake,
     on_gpu,
     peak_host_mib,
     read,
@@ -133,6 +135,7 @@ def main(
     check: Annotated[Path | None, typer.Option(help="sweep.csv or against.csv to hold this run to")] = None,
     margin: Annotated[float, typer.Option(help="by which a ratio may fall below --check's, as a share of it")] = 0.05,
     profile: Annotated[Path | None, typer.Option(help="write traces to this folder, and measure nothing")] = None,
+    awake: Annotated[bool, typer.Option("--awake", help="keep processors from sleeping: for virtual machines")] = False,
     out: Annotated[Path, typer.Option(help="folder of sweep.csv and against.csv")] = RECORDS,
 ) -> None:
     """Measure loader, step and both at every batch size; exit code 1 where one fails, or has fallen below --check."""
@@ -158,6 +161,8 @@ def main(
         config = replace(config, data=str(shards))
         data = f"{name}, {read_dataset(config.data).samples} images"  # what is wrong with it is told once
         ranks = stack.enter_context(processes())
+        if awake and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            stack.enter_context(kept_awake())
         cases = [at_batch(config, size, ranks.world_size) for size in batch_size or BATCH_SIZES]
         if profile:
             ended = {case.batch_size: ranks.run(trace, case, profile.resolve())[0] for case in cases}

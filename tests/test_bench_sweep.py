@@ -7,10 +7,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from typer.testing import CliRunner
 
 from benchmarks import sweep
 from benchmarks.loader import Turn
-from benchmarks.measure import parse_readings
+from benchmarks.measure import kept_awake, parse_readings
 from benchmarks.sweep import (
     ENOUGH,
     FOUND,
@@ -171,6 +172,34 @@ def test_a_ratio_is_of_neighbours_and_tells_how_far_the_rounds_differ(
     monkeypatch.setattr(sweep, "turn", swinging)
     found = sweep.measure(config, 1.0)
     assert [found[name] for name in ("ratio_p20", "ratio", "ratio_p80")] == pytest.approx([0.45, 0.9, 1.8])
+
+
+def test_processors_are_kept_awake_by_what_gives_way_to_everything() -> None:
+    """One spinner a core, of the idle class, gone with the block; and with its parent, if that is killed."""
+
+    def spinners() -> list[int]:
+        children = Path("/proc/self/task", str(threading.get_native_id()), "children").read_text().split()
+        return [int(child) for child in children]
+
+    before = spinners()
+    with kept_awake():
+        found = [child for child in spinners() if child not in before]
+        assert len(found) == len(os.sched_getaffinity(0))
+        wait_for(lambda: all(os.sched_getscheduler(child) == os.SCHED_IDLE for child in found))
+        assert sorted(core for child in found for core in os.sched_getaffinity(child)) == sorted(
+            os.sched_getaffinity(0)
+        )
+    assert not any(is_running(child) for child in found)
+    code = "import os; from benchmarks.measure import kept_awake; kept_awake().__enter__(); os.kill(os.getpid(), 9)"
+    root = Path(sweep.__file__).parents[1]
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=False)
+
+    def left() -> bool:
+        with suppress(OSError):  # a process may end while it is looked at
+            return any(b"SCHED_IDLE" in path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline"))
+        return True
+
+    wait_for(lambda: not left())
 
 
 def test_the_readings_of_the_driver_are_means_of_the_rounds(
