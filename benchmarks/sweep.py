@@ -84,8 +84,9 @@ QUEUED = 4  # micro-batches, at least as many as the loader holds ready
 WASTE = 0.01  # of an epoch may be read and dropped at its end
 OURS = "ours"
 
-# One core loads and the others train, as a GPU would: sharing all of them, a loader could not be free. A CPU cannot be
-# asked what fits. So wide a network takes minutes for the largest batch, and is slow beside a loader of small images.
+# One core loads and the others train, as a GPU would, see `cores_of`: sharing all, a loader could not be free. A CPU
+# cannot be asked what fits. So wide a network takes minutes for the largest batch, and is slow beside a loader of small
+# images.
 CPU = replace(
     RECIPES["demo"],
     views=make_views(VIEWS["cifar"], {"size": 32}),
@@ -378,7 +379,12 @@ def prepared(config: TrainConfig) -> Iterator[tuple[Any, Setup, Any, Tensor]]:
     """Accelerator, set-up, loader and a synthetic micro-batch (2m, 3, S, S), as train.py would make them."""
     torch.set_num_threads(config.cpu_threads)
     accelerator = build_accelerator(config)
-    setup = build_training(config, accelerator)
+    training, loading = cores_of(config)
+    with on_cores(training):
+        setup = build_training(config, accelerator)
+        synthetic = torch.randn(2 * setup.plan.micro_batch, 3, config.views.size, config.views.size)
+        synthetic = synthetic.to(accelerator.device, torch.half if setup.half else torch.float)
+        synthetic = synthetic.contiguous(memory_format=torch.channels_last)  # on torch's threads, which start here
     loader = build_loader(
         repeated(read_dataset(config.data), config.batch_size),
         config.views,
@@ -390,12 +396,36 @@ def prepared(config: TrainConfig) -> Iterator[tuple[Any, Setup, Any, Tensor]]:
         half=setup.half,
         micro_batch=setup.plan.micro_batch,
     )
-    synthetic = torch.randn(2 * setup.plan.micro_batch, 3, config.views.size, config.views.size)
-    synthetic = synthetic.to(accelerator.device, torch.half if setup.half else torch.float)
+    with on_cores(loading):
+        next(loader)  # starts the loader's threads
     try:
-        yield accelerator, setup, loader, synthetic.contiguous(memory_format=torch.channels_last)
+        with on_cores(training):
+            yield accelerator, setup, loader, synthetic
     finally:
         accelerator.end_training()
+
+
+def cores_of(config: TrainConfig) -> tuple[set[int], set[int]]:
+    """Cores for torch's threads and for the loader's: apart where this process's share has one for each of them.
+
+    A thread of the loader that Linux wakes on a core of a step's thread makes that step's other threads wait, too.
+    """
+    every, share = os.sched_getaffinity(0), share_of_cores()
+    if torch.cuda.is_available() or config.cpu_threads + config.num_threads > share:
+        return every, every
+    own = sorted(every)[share * int(os.environ.get("LOCAL_RANK", 0)) :]
+    return set(own[: config.cpu_threads]), set(own[config.cpu_threads :][: config.num_threads])
+
+
+@contextlib.contextmanager
+def on_cores(cores: set[int]) -> Iterator[None]:
+    """This thread, and those that it starts in the block, run on these cores; the latter for ever."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def step(setup: Setup, micro_batches: Iterable[Tensor]) -> None:

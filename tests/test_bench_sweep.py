@@ -300,6 +300,33 @@ def test_the_sweep_trains_with_the_step_that_trains(config: TrainConfig, monkeyp
     assert len(micro_batches) == options["count"] == 2
 
 
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 3, reason="two threads of the step and one of the loader need cores")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU trains beside all cores")
+def test_loader_and_step_run_on_cores_of_their_own(config: TrainConfig) -> None:
+    status, found = in_child(cores_in_use, config)
+    assert status == "ok", status
+    before, training, others, loading, after = found["cores"]
+    assert (len(training), len({core for cores in loading for core in cores})) == (2, 1)
+    assert not any(training & cores for cores in loading)
+    assert others.count(training) >= 1  # torch's second thread
+    assert before == after
+
+
+def cores_in_use(config: TrainConfig) -> dict[str, Any]:
+    """Those of this thread before, then of it, of others and of the loader's in the block, and of it afterwards."""
+    before = os.sched_getaffinity(0)
+    with sweep.prepared(config) as (_, setup, loader, _):
+        sweep.step(setup, (batch.views for batch in itertools.islice(loader, setup.plan.count)))
+        training, others, loading = os.sched_getaffinity(0), [], []
+        ids = {thread.native_id for thread in threading.enumerate() if thread.name.startswith("loader")}
+        assert len(ids) == 1
+        for task in Path("/proc/self/task").iterdir():
+            loads = int(task.name) in ids or task.joinpath("comm").read_text().startswith(("[DALI]", "PrefetchWorker"))
+            (loading if loads else others).append(os.sched_getaffinity(int(task.name)))
+    others.remove(training)  # this thread's own
+    return {"cores": (before, training, others, loading, os.sched_getaffinity(0))}
+
+
 @pytest.mark.parametrize(("samples", "batch"), [(1000, 256), (1000, 8192), (2560, 8192), (50000, 512), (7, 1000)])
 def test_data_are_repeated_until_an_epoch_wastes_nothing_to_speak_of(samples: int, batch: int) -> None:
     n = repeats(samples, batch)
