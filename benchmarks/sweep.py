@@ -11,8 +11,9 @@
 
 Every batch size is measured in a process of its own (under a launcher: one per rank) by train.py's network, optimizer,
 loss and step. Its turns alternate: the loader alone, the step on synthetic views, and both; the first steps are
-warm-up, and medians over the rounds count. In a virtual machine whose hypervisor runs others meanwhile, a round is
-repeated, within twice the budget; --awake makes that rarer, for there a processor that slept may be long in waking.
+warm-up, and medians over the rounds count. In a virtual machine whose hypervisor runs others during a step, that step
+does not count, and a round without one that does is repeated, within twice the budget; --awake makes that rarer, for
+there a processor that slept may be long in waking.
 Rates are in source images, of which each gives two views. A process that runs out of memory leaves a row that says so,
 and the sweep goes on. Without SHARDS the demo's data serve.
 
@@ -39,7 +40,7 @@ from functools import partial
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -74,7 +75,7 @@ from train import RECIPES, Setup, TrainConfig, build_accelerator, build_training
 BATCH_SIZES = (256, 512, 1024, 2048, 4096, 8192)
 ENOUGH = 0.97  # together / synthetic from which on the model limits
 RIVALS_NOISE = 0.1  # of a rival's ratio to ours, known no better than this share of it
-CALM = 0.02  # share of the processors' time that a hypervisor may take in a round that counts
+CALM = 0.01  # share of the processors' time that a hypervisor may take in a step that counts
 FEWEST, MOST = 3, 40  # rounds
 RIVALS_ROUNDS = 5
 WORKERS_BATCH = 64  # images at most: each worker of a DataLoader holds two ready, of a GPU's micro-batches gigabytes
@@ -273,21 +274,35 @@ def stage_costs(config: TrainConfig, seconds: float) -> dict[str, float]:
 # --------------------------------------------------------------------------------------------------- one batch size
 
 
+class Step(NamedTuple):
+    """How long one call took, and the share of the processors' time in which a hypervisor ran others."""
+
+    ms: float
+    stolen: float
+
+
 @dataclass(frozen=True)
 class Round:
-    """What was seen in one round: rates in source images per second, and the steps of the turn with both."""
+    """What was seen in one round: the loader's rate alone, in source images per second, and the steps of both turns."""
 
     loader: float
-    together: float
-    synthetic: float
-    step_ms: list[float]
+    together: list[Step]
+    synthetic: list[Step]
     waited_s: float
     readings: list[Reading]
-    stolen: float  # share of the processors' time
 
     @property
     def ratio(self) -> float:
-        return self.together / self.synthetic
+        return mean_ms(self.synthetic) / mean_ms(self.together)
+
+    def calm(self) -> Round:
+        """The round without its disturbed steps."""
+        both, alone = ([each for each in some if each.stolen <= CALM] for some in (self.together, self.synthetic))
+        return replace(self, together=both, synthetic=alone)
+
+
+def mean_ms(steps: Sequence[Step]) -> float:
+    return statistics.mean(step.ms for step in steps)
 
 
 def measure(config: TrainConfig, budget: float) -> dict[str, Any]:
@@ -296,8 +311,9 @@ def measure(config: TrainConfig, budget: float) -> dict[str, Any]:
         plan, device = setup.plan, accelerator.device
         cuda = device.type == "cuda"
 
-        def largest(value: float) -> float:
-            return float(accelerator.gather(torch.tensor([value], device=device)).max())
+        def largest(*values: float) -> list[float]:
+            gathered = accelerator.gather(torch.tensor([values], dtype=torch.float64, device=device))
+            return list(gathered.max(0).values.tolist())
 
         def load() -> None:
             next(loader)
@@ -313,19 +329,18 @@ def measure(config: TrainConfig, budget: float) -> dict[str, Any]:
         short = setup._replace(plan=replace(plan, count=few, keep=min(plan.keep, few)))
         for _ in range(2):
             load()
-            warm = turn(lambda: step(short, itertools.repeat(synthetic, few)), 1, cuda)[0]
-        step_ms = largest(warm) * plan.count / few
+            (warm,) = turn(lambda: step(short, itertools.repeat(synthetic, few)), 1, cuda)
+        step_ms = largest(warm.ms)[0] * plan.count / few
         turn_ms = min(TURN_MS, 1e3 * budget / (3 * FEWEST))
         steps = max(1, math.ceil(turn_ms / step_ms))
         lead = plan.count < 2 * QUEUED
         rounds = min(MOST, max(FEWEST, int(1e3 * budget / ((lead + 2 * steps) * step_ms + turn_ms))))
 
         def go_round() -> Round:
-            began, stolen = time.perf_counter(), stolen_s()
             turn(load, QUEUED, cuda)  # what waited in its queue was not made in this turn
             loads, took = 0, 0.0
             while took < turn_ms:
-                loads, took = loads + 1, took + sum(turn(load, 1, cuda))
+                loads, took = loads + 1, took + turn(load, 1, cuda)[0].ms
             loader_rate = 1e3 * loads * plan.micro_batch / took
             # Its queue is empty now, and after a step as full as steps leave it; that of a step of many micro-batches
             # fills while they are encoded again.
@@ -336,19 +351,20 @@ def measure(config: TrainConfig, budget: float) -> dict[str, Any]:
             loader.take_wait_s()
             accelerator.wait_for_everyone()  # or who comes first waits for the others in its step
             with gpu_watch() as readings:
-                times = turn(both, steps, cuda)
+                together = turn(both, steps, cuda)
             waited = loader.take_wait_s()
             settle()  # or the loader fills its queue in the next one's turn
             accelerator.wait_for_everyone()
             alone = turn(compute, steps, cuda)
-            together, synthetic = (1e3 * steps * config.batch_size / sum(each) for each in (times, alone))
-            share = (stolen_s() - stolen) / (time.perf_counter() - began) / (os.cpu_count() or 1)
-            return Round(loader_rate, together, synthetic, times, waited, readings, largest(share))
+            every = [*together, *alone]
+            worst = largest(*(step.stolen for step in every))  # what disturbs one rank, others wait for
+            every = [each._replace(stolen=share) for each, share in zip(every, worst, strict=True)]
+            return Round(loader_rate, every[:steps], every[steps:], waited, readings)
 
         began, seen, calm = time.perf_counter(), list[Round](), list[Round]()
-        while len(calm) < rounds and (len(seen) < rounds or largest(time.perf_counter() - began) < 2 * budget):
+        while len(calm) < rounds and (len(seen) < rounds or largest(time.perf_counter() - began)[0] < 2 * budget):
             seen.append(go_round())
-            calm = [each for each in seen if each.stolen <= CALM]
+            calm = [each for each in (one.calm() for one in seen) if each.together and each.synthetic]
         counted = calm if len(calm) >= FEWEST else seen
         if counted is seen and accelerator.is_main_process:
             disturbed = f"{len(seen) - len(calm)} of {len(seen)} rounds"
@@ -359,17 +375,20 @@ def measure(config: TrainConfig, budget: float) -> dict[str, Any]:
         own_loader = torch.tensor([statistics.median(each.loader for each in counted)], device=device)
         ratios = [each.ratio for each in counted]
         ratio, unknown = timing(ratios), math.inf if len(calm) < FEWEST else uncertainty(ratios)
-        step_times = [ms for each in counted for ms in each.step_ms]
+        step_times = [step.ms for each in counted for step in each.together]
         readings = [reading for each in counted for reading in each.readings]
         p95 = sorted(step_times)[math.ceil(0.95 * len(step_times)) - 1]
         means = [statistics.mean(column) for column in zip(*readings, strict=True)] if readings else [None, None]
         values = (
             *(plan.micro_batch, len(counted), float(accelerator.gather(own_loader).sum())),
-            *(statistics.median(getattr(each, name) for each in counted) for name in ("synthetic", "together")),
+            *(
+                1e3 * config.batch_size / statistics.median(mean_ms(getattr(each, name)) for each in counted)
+                for name in ("synthetic", "together")
+            ),
             *(ratio.median, unknown, ratio.p20, ratio.p80),
-            100 * 1e3 * sum(each.waited_s for each in counted) / sum(step_times),
+            100 * 1e3 * sum(each.waited_s for each in seen) / sum(step.ms for each in seen for step in each.together),
             *(statistics.median(step_times), p95),
-            *(largest(device_mib) if cuda else None, largest(peak_host_mib()), *means),
+            *(largest(device_mib)[0] if cuda else None, largest(peak_host_mib())[0], *means),
         )
         return dict(zip(FOUND, values, strict=True))
 
@@ -443,14 +462,16 @@ def step(setup: Setup, micro_batches: Iterable[Tensor]) -> None:
     )
 
 
-def turn(work: Callable[[], None], times: int, cuda: bool) -> list[float]:
-    """Milliseconds of each call, on the GPU's clock where there is one."""
-    marks = Marks(cuda)
+def turn(work: Callable[[], None], times: int, cuda: bool) -> list[Step]:
+    """Each call, on the GPU's clock where there is one."""
+    marks, stolen = Marks(cuda), [stolen_s()]
     marks()
     for _ in range(times):
         work()
         marks()
-    return marks.intervals_ms()
+        stolen.append(stolen_s())
+    took = zip(marks.intervals_ms(), itertools.pairwise(stolen), strict=True)
+    return [Step(ms, 1e3 * (after - before) / ms / (os.cpu_count() or 1)) for ms, (before, after) in took]
 
 
 def settle(limit_s: float = 5.0) -> None:

@@ -30,6 +30,7 @@ from benchmarks.sweep import (
     FOUND,
     PRESETS,
     Ranks,
+    Step,
     compare,
     failure,
     gaps,
@@ -151,12 +152,11 @@ def test_a_ratio_is_of_neighbours_and_tells_how_far_the_rounds_differ(
     """A machine three times slower in every round changes the rates but no ratio; one that swings, the spread."""
     ms = {"load": 100.0, "both": 1000.0, "compute": 900.0, "<lambda>": 10.0}
     swing, slow = iter([1.0, 2.0, 0.5]), [1.0]
-    monkeypatch.setattr(sweep, "stolen_s", lambda: 0.0)
 
-    def turn(work: Any, times: int, _: bool) -> list[float]:
+    def turn(work: Any, times: int, _: bool) -> list[Step]:
         if work.__name__ == "load" and times == sweep.QUEUED:
             slow[0] *= 3
-        return [slow[0] * ms[work.__name__]] * times
+        return [Step(slow[0] * ms[work.__name__], 0.0)] * times
 
     monkeypatch.setattr(sweep, "turn", turn)
     found = sweep.measure(config, 1.0)
@@ -166,8 +166,8 @@ def test_a_ratio_is_of_neighbours_and_tells_how_far_the_rounds_differ(
     assert found["synthetic_images_per_s"] == pytest.approx(32 / 9 / 0.9)
     assert found["loader_images_per_s"] == pytest.approx(16 / 0.9)
 
-    def swinging(work: Any, times: int, _: bool) -> list[float]:
-        return [ms[work.__name__] * (next(swing) if work.__name__ == "compute" else 1.0)] * times
+    def swinging(work: Any, times: int, _: bool) -> list[Step]:
+        return [Step(ms[work.__name__] * (next(swing) if work.__name__ == "compute" else 1.0), 0.0)] * times
 
     monkeypatch.setattr(sweep, "turn", swinging)
     found = sweep.measure(config, 1.0)
@@ -212,7 +212,7 @@ def test_the_readings_of_the_driver_are_means_of_the_rounds(
         readings += parse_readings("90, 600\n80, 500\n")
 
     monkeypatch.setattr(sweep, "gpu_watch", watch)
-    monkeypatch.setattr(sweep, "turn", lambda _work, times, _: [1000.0] * times)
+    monkeypatch.setattr(sweep, "turn", lambda _work, times, _: [Step(1000.0, 0.0)] * times)
     found = sweep.measure(config, 1.0)
     assert (found["gpu_utilisation_percent"], found["gpu_power_w"]) == (85, 550)
 
@@ -445,31 +445,40 @@ def test_what_does_not_fit_the_plan_is_out_of_memory() -> None:
     assert failure(ValueError("another\nreason")) == "failed: ValueError: another reason"
 
 
-def test_rounds_in_which_the_hypervisor_ran_others_do_not_count(
+def test_steps_in_which_the_hypervisor_ran_others_do_not_count(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every other round is disturbed and tells 0.5; the calm ones, 0.9, of which there are as many as asked for."""
-    disturbed, ms, clock = [False], {"load": 100.0, "both": 1000.0, "compute": 900.0, "<lambda>": 10.0}, [0.0]
+    """One of four steps with both tells 0.5 and is disturbed, in every other round all are; the calm ones tell 0.9."""
+    ms, rounds, whole = {"load": 100.0, "both": 1000.0, "compute": 900.0, "<lambda>": 10.0}, itertools.count(), [False]
 
-    def turn(work: Any, times: int, _: bool) -> list[float]:
+    def turn(work: Any, times: int, _: bool) -> list[Step]:
         if work.__name__ == "load" and times == sweep.QUEUED:
-            disturbed[0] = not disturbed[0]
-        slow = disturbed[0] and work.__name__ == "both"
-        clock[0] += 1e3 * slow  # far more than the round took
-        return [ms[work.__name__] * (1.8 if slow else 1.0)] * times
+            whole[0] = next(rounds) % 2 == 0
+        slow = [work.__name__ == "both" and (whole[0] or i % 4 == 0) for i in range(times)]
+        return [Step(ms[work.__name__] * (1.8 if each else 1.0), 0.011 if each else 0.009) for each in slow]
 
     monkeypatch.setattr(sweep, "turn", turn)
-    monkeypatch.setattr(sweep, "stolen_s", lambda: clock[0])
     found = sweep.measure(config, 30.0)
     assert found["rounds"] == 9  # of 3.01 s in 30
     assert [found[name] for name in ("ratio", "ratio_p20", "ratio_p80")] == pytest.approx([0.9] * 3)
     assert found["step_ms_p95"] == 1000
-    monkeypatch.setattr(sweep, "MOST", 2)  # and where fewer than three are calm, all count
-    monkeypatch.setattr(sweep, "FEWEST", 3)
+    monkeypatch.setattr(sweep, "MOST", 2)  # and where fewer than three rounds have calm steps, all count
     found = sweep.measure(config, 30.0)
     assert found["rounds"] == 4
     assert found["ratio_p20"] == pytest.approx(0.5)
     assert noisy(found["ratio"], found["ratio_unknown"])  # and it has no verdict, however far the ratio is from 0.97
+
+
+def test_a_step_knows_what_was_stolen_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+
+    def work() -> None:
+        time.sleep(0.2)
+        clock[0] += 0.1 * (os.cpu_count() or 1)
+
+    monkeypatch.setattr(sweep, "stolen_s", lambda: clock[0])
+    steps = sweep.turn(work, 2, cuda=False)
+    assert all(0.3 < step.stolen <= 0.5 and step.ms >= 200 for step in steps), steps
 
 
 KILLED = """
