@@ -766,9 +766,8 @@ class Log:
                 kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= resume_at]
             self._replace(name, "".join(kept))
         self._replace("config.json", json.dumps(config, indent=1))
-        if self._state() in (None, "done"):
-            self._status("running", "setting up")
-        self.status("running")
+        if self._state() != "failed":  # on another rank, meanwhile
+            self._status("running", "")
 
     def metrics(self, rows: list[dict[str, Any]]) -> None:
         self._append("metrics.jsonl", rows)

@@ -70,7 +70,8 @@ from pipeline.loader import build_loader
 from pipeline.shards import Dataset, read_dataset
 from pipeline.views import VIEWS, make_views
 from tools import one_message
-from train import RECIPES, Setup, TrainConfig, build_accelerator, build_training, share_of_cores, train_step
+from tools.doctor import step_of
+from train import RECIPES, Setup, TrainConfig, build_accelerator, build_training, share_of_cores
 
 BATCH_SIZES = (256, 512, 1024, 2048, 4096, 8192)
 ENOUGH = 0.97  # together / synthetic from which on the model limits
@@ -319,17 +320,17 @@ def measure(config: TrainConfig, budget: float) -> dict[str, Any]:
             next(loader)
 
         def compute() -> None:
-            step(setup, itertools.repeat(synthetic, plan.count))
+            step_of(setup, plan, itertools.repeat(synthetic, plan.count))
 
         def both() -> None:
-            step(setup, (batch.views for batch in itertools.islice(loader, plan.count)))
+            step_of(setup, plan, (batch.views for batch in itertools.islice(loader, plan.count)))
 
         # Warm up, with no more than two micro-batches: a whole batch may take minutes on a CPU.
         few = min(plan.count, 2)
-        short = setup._replace(plan=replace(plan, count=few, keep=min(plan.keep, few)))
+        short = replace(plan, count=few, keep=min(plan.keep, few))
         for _ in range(2):
             load()
-            (warm,) = turn(lambda: step(short, itertools.repeat(synthetic, few)), 1, cuda)
+            (warm,) = turn(lambda: step_of(setup, short, itertools.repeat(synthetic, few)), 1, cuda)
         step_ms = largest(warm.ms)[0] * plan.count / few
         turn_ms = min(TURN_MS, 1e3 * budget / (3 * FEWEST))
         steps = max(1, math.ceil(turn_ms / step_ms))
@@ -445,21 +446,6 @@ def on_cores(cores: set[int]) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, before)
-
-
-def step(setup: Setup, micro_batches: Iterable[Tensor]) -> None:
-    """train.py's step, at learning rate 0: the same work, and weights that stay what they are."""
-    plan = setup.plan
-    train_step(
-        setup.model,
-        setup.optimizer,
-        itertools.islice(micro_batches, plan.count),
-        setup.loss_of,
-        0.0,
-        count=plan.count,
-        keep=plan.keep,
-        offload=plan.offload,
-    )
 
 
 def turn(work: Callable[[], None], times: int, cuda: bool) -> list[Step]:
@@ -619,7 +605,7 @@ def trained(task: Task, name: str, config: TrainConfig) -> Batches:
     if name == OURS:
         with prepared(config) as (_, setup, loader, _):
             while True:
-                step(setup, (batch.views for batch in itertools.islice(loader, setup.plan.count)))
+                step_of(setup, setup.plan, (batch.views for batch in itertools.islice(loader, setup.plan.count)))
                 yield config.batch_size, ()
     loader_name, loss_name, workers = CONTESTANTS[name]
     if workers:
@@ -636,7 +622,7 @@ def trained(task: Task, name: str, config: TrainConfig) -> Batches:
     )
     views = joined(pairs, config.micro_batch // task.batch_size)
     while True:
-        step(setup, views)
+        step_of(setup, setup.plan, itertools.islice(views, setup.plan.count))
         yield config.batch_size, ()
 
 
@@ -759,7 +745,7 @@ def trace(config: TrainConfig, folder: Path) -> dict[str, Any]:
         cuda = accelerator.device.type == "cuda"
 
         def both() -> None:
-            step(setup, (batch.views for batch in itertools.islice(loader, setup.plan.count)))
+            step_of(setup, setup.plan, (batch.views for batch in itertools.islice(loader, setup.plan.count)))
 
         turn(both, 2, cuda)
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]

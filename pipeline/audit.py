@@ -15,7 +15,7 @@ from io import BufferedIOBase
 from pathlib import Path
 
 from pipeline.images import BadImageError, Rules, ppm_shape, prepare
-from pipeline.shards import Dataset, DatasetError, Shard, content_fault, manifest, read_dataset, write_text
+from pipeline.shards import Dataset, DatasetError, Shard, content_fault, index_text, manifest, read_dataset, write_text
 from pipeline.store import fetch, is_remote, opened
 from pipeline.workers import in_order
 
@@ -92,7 +92,7 @@ def quarantine(path: str | Path, keys: Iterable[str]) -> Dataset:
             out = [line for line in lines if _key(line) in wanted]
             if out:
                 kept = [line for line in lines if _key(line) not in wanted]
-                index = "\n".join([f"v1.2 {len(kept)}", *kept, ""])
+                index = index_text(kept)
                 shard = replace(
                     shard,
                     samples=len(kept),

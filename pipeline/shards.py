@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,11 @@ def read_dataset(path: str | Path, *, check: bool = True) -> Dataset:
         others = f" ({len(faults) - 1} other shards have faults too)" if len(faults) > 1 else ""
         raise DatasetError(f"{faults[0]}{others}. {remake}")
     return dataset
+
+
+def index_text(lines: Sequence[str]) -> str:
+    """DALI's index of a tar: a line for each sample, EXTENSION OFFSET SIZE NAME of every member of it."""
+    return "\n".join([f"v1.2 {len(lines)}", *lines, ""])
 
 
 def shard_fault(root: Path, shard: Shard) -> str | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.shards import Dataset, DatasetError
+from pipeline.shards import Dataset, DatasetError, index_text
 from pipeline.store import fetch, opened
 
 Positions = NDArray[np.int64]  # places of samples in the order of the shards, counted from 0
@@ -108,7 +108,7 @@ def write_subset(dataset: Dataset, positions: Sequence[int] | Positions, folder:
         left = [line for i, line in enumerate(lines, start) if i in chosen]
         start += len(lines)
         if left:
-            index = "\n".join([f"v1.2 {len(left)}", *left, ""])
+            index = index_text(left)
             (folder / f"{shard.file}.idx").write_text(index, encoding="ascii")
             digest = hashlib.sha256(index.encode()).hexdigest()
             shards.append(replace(shard, samples=len(left), index_sha256=digest))

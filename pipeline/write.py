@@ -31,6 +31,7 @@ from pipeline.shards import (
     DatasetError,
     Sample,
     Shard,
+    index_text,
     manifest,
     read_dataset,
     shard_fault,
@@ -373,7 +374,7 @@ def _write_shard(
     if not lines:
         (folder / file).unlink()
         return part
-    index = "\n".join([f"v1.2 {len(lines)}", *lines, ""])
+    index = index_text(lines)
     part.raw = shapes.pop() if len(shapes) == 1 else None
     part.shard = Shard(
         file=file,

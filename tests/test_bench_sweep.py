@@ -119,7 +119,7 @@ def model_of(seconds: float) -> Iterator[None]:
         time.sleep(seconds)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep, "train_step", take)
+        patch.setattr("train.train_step", take)
         yield
 
 
@@ -291,11 +291,11 @@ def test_the_sweep_trains_with_the_step_that_trains(config: TrainConfig, monkeyp
         assert (setup.plan.micro_batch, setup.plan.count) == (16, 2)
         before = [p.detach().clone() for p in setup.network.parameters()]
         views = (batch.views for batch in itertools.islice(loader, 2))
-        sweep.step(setup, views)
+        sweep.step_of(setup, setup.plan, views)
         assert all(torch.equal(p, q) for p, q in zip(setup.network.parameters(), before, strict=True))
         seen = []
-        monkeypatch.setattr(sweep, "train_step", lambda *given, **options: seen.append((list(given[2]), options)))
-        sweep.step(setup, itertools.repeat(synthetic))
+        monkeypatch.setattr("train.train_step", lambda *given, **options: seen.append((list(given[2]), options)))
+        sweep.step_of(setup, setup.plan, itertools.repeat(synthetic, 2))
     ((micro_batches, options),) = seen
     assert len(micro_batches) == options["count"] == 2
 
@@ -316,7 +316,7 @@ def cores_in_use(config: TrainConfig) -> dict[str, Any]:
     """Those of this thread before, then of it, of others and of the loader's in the block, and of it afterwards."""
     before = os.sched_getaffinity(0)
     with sweep.prepared(config) as (_, setup, loader, _):
-        sweep.step(setup, (batch.views for batch in itertools.islice(loader, setup.plan.count)))
+        sweep.step_of(setup, setup.plan, (batch.views for batch in itertools.islice(loader, setup.plan.count)))
         training, others, loading = os.sched_getaffinity(0), [], []
         ids = {thread.native_id for thread in threading.enumerate() if thread.name.startswith("loader")}
         assert len(ids) == 1
