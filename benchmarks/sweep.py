@@ -551,7 +551,7 @@ class Sweep:
                 for name in together:
                     batches = partial(trained, name=name, config=config)
                     turns[name] = stack.enter_context(standing_still(name, task, batches, multiple=steps, cores=cores))
-                found |= in_rounds(turns, self.budget / (RIVALS_ROUNDS * len(names)))
+                found |= in_rounds(turns, self.budget * len(turns) / len(names))
         rows = [
             {
                 **self.kind(config),
@@ -568,14 +568,18 @@ class Sweep:
 
 
 def in_rounds(turns: Mapping[str, Callable[[float], Turn]], seconds: float) -> dict[str, list[Turn] | str]:
-    """The turns of each but its first, in which queues fill; or the status of what ended before its last."""
-    taken, failed = {name: list[Turn]() for name in turns}, dict[str, str]()
-    for _, name in itertools.product(range(1 + RIVALS_ROUNDS), turns):
-        if name not in failed:
+    """The turns of each in `seconds`, RIVALS_ROUNDS at least; or the status of what ended before its last.
+
+    The first ones, in which queues fill, come before that.
+    """
+    taken, failed, rounds, end = {name: list[Turn]() for name in turns}, dict[str, str](), 0, math.inf
+    while len(failed) < len(turns) and (rounds <= RIVALS_ROUNDS or time.perf_counter() < end):
+        for name in (name for name in turns if name not in failed):
             try:
-                taken[name].append(turns[name](seconds))
+                taken[name].append(turns[name](TURN_MS / 1e3))
             except RuntimeError as error:
                 failed[name] = failure(error)
+        rounds, end = rounds + 1, min(end, time.perf_counter() + seconds)
     return {name: failed.get(name) or taken[name][1:] for name in turns}
 
 
@@ -593,7 +597,8 @@ def contested(taken: list[Turn] | str, ours: list[Turn] | str) -> dict[str, Any]
     }
     if isinstance(ours, str):
         return row
-    ratios = [a.images / a.wall_s / (b.images / b.wall_s) for a, b in zip(taken, ours, strict=True)]
+    pairs = zip(taken, ours, strict=False)  # one by one on a GPU, one may have had more turns
+    ratios = [a.images / a.wall_s / (b.images / b.wall_s) for a, b in pairs]
     ratio = timing(ratios)
     row |= {"ratio_to_ours": rounded(ratio.median)}
     row |= {"ratio_p20": rounded(ratio.p20), "ratio_p80": rounded(ratio.p80)}

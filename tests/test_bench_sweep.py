@@ -228,13 +228,31 @@ def test_a_rival_that_ends_early_says_why_and_the_others_go_on() -> None:
             raise RuntimeError("lightly: OutOfMemoryError: CUDA out of memory")
         return lives(seconds)
 
-    found = sweep.in_rounds({"ours": lives, "lightly": dies}, 1.0)
+    found = sweep.in_rounds({"ours": lives, "lightly": dies}, 0.0)
     assert found["lightly"] == "out of memory"
     assert len(found["ours"]) == sweep.RIVALS_ROUNDS
     assert sweep.contested(found["ours"], found["ours"])["ratio_to_ours"] == "1"
     assert sweep.contested(found["lightly"], found["ours"])["status"] == "out of memory"
     alone = sweep.contested(found["ours"], "failed: of itself")  # a ratio to nothing is none
     assert (alone["ratio_to_ours"], alone["status"], alone["cpu_ms_per_image"]) == ("", "ok", "20")
+
+
+def test_rivals_take_turns_as_long_as_the_budget_lasts() -> None:
+    clock, order = [0.0], list[str]()
+
+    def turn_of(name: str) -> Any:
+        def turn(_: float) -> Turn:
+            clock[0] += 2.0
+            order.append(name)
+            return Turn(images=100, wall_s=2.0, cpu_s=2.0, peak_host_mib=10.0)
+
+        return turn
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "perf_counter", lambda: clock[0])
+        found = sweep.in_rounds({name: turn_of(name) for name in ("ours", "lightly")}, 40.0)
+    assert [len(turns) for turns in found.values()] == [10, 10]
+    assert order == ["ours", "lightly"] * 11  # the first of them fill queues
 
 
 def test_a_profile_that_fails_is_told(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
