@@ -2,13 +2,14 @@
 
 import csv
 import re
+import subprocess
 
 import pytest
 import typer
 from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
-from benchmarks import report
+from benchmarks import measure, report
 from benchmarks.measure import append
 
 HERE = {"device": "A processor, 4 cores", "driver": "", "threads": "4", "load": "0.5", "python": "3.11.7"}
@@ -32,6 +33,27 @@ def swept(batch_size, **changes):
     row |= {"gpu_utilisation_percent": "", "gpu_power_w": "", "status": "ok", "verdict": "the model limits"}
     row |= {"data": "small, 1000 images", "loader_threads": 1}
     return row | {"command": f"python -m benchmarks.sweep --preset cpu --batch-size {batch_size}"} | changes
+
+
+def test_a_commit_is_marked_where_more_than_records_differs(tmp_path, monkeypatch):
+    """A benchmark that adds its rows measures the same code as before."""
+
+    def git(*arguments):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *arguments], cwd=tmp_path, check=True)
+
+    files = [tmp_path / name for name in ("benchmarks/records/sweep.csv", "README.md", "train.py")]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("first")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    monkeypatch.setattr(measure, "__file__", str(tmp_path / "benchmarks" / "measure.py"))
+    marked = []
+    for file in files:
+        file.write_text("second")
+        marked.append(measure.environment("cpu")["commit"].endswith("+"))
+    assert marked == [False, False, True]
 
 
 NOTHING = dict.fromkeys(
