@@ -13,13 +13,13 @@ Every batch size is measured in a process of its own (under a launcher: one per 
 loss and step. Its turns alternate: the loader alone, the step on synthetic views, and both; the first steps are
 warm-up, and medians over the rounds count. In a virtual machine whose hypervisor runs others during a step, that step
 does not count, and a round without one that does is repeated, within twice the budget; --awake makes that rarer, for
-there a processor that slept may be long in waking.
-Rates are in source images, of which each gives two views. A process that runs out of memory leaves a row that says so,
-and the sweep goes on. Without SHARDS the demo's data serve.
+there a processor that slept may be long in waking. Rates are in source images, of which each gives two views. A process
+that runs out of memory leaves a row that says so, and the sweep goes on. Without SHARDS the demo's data serve.
 
 The loader limits where training on synthetic views would be more than 3 % faster: then the stage that adds most time to
-it alone is named, see benchmarks/loader.py. On CPUs the two share the cores, so a loader may limit without being waited
-for. Rows go to records/sweep.csv and records/against.csv; benchmarks/report.py draws them.
+it alone is named, see benchmarks/loader.py. On CPUs the two share memory, and cores where `cores_of` cannot part them:
+a loader may limit without being waited for. Rows go to records/sweep.csv and records/against.csv; benchmarks/report.py
+draws them.
 """
 
 from __future__ import annotations
@@ -289,7 +289,7 @@ class Round:
     loader: float
     together: list[Step]
     synthetic: list[Step]
-    waited_s: float
+    waited: float  # share of the turn with both
     readings: list[Reading]
 
     @property
@@ -312,9 +312,8 @@ def measure(config: TrainConfig, budget: float) -> dict[str, Any]:
         plan, device = setup.plan, accelerator.device
         cuda = device.type == "cuda"
 
-        def largest(*values: float) -> list[float]:
-            gathered = accelerator.gather(torch.tensor([values], dtype=torch.float64, device=device))
-            return list(gathered.max(0).values.tolist())
+        def largest(value: float) -> float:
+            return float(accelerator.gather(torch.tensor([value], device=device)).max())
 
         def load() -> None:
             next(loader)
@@ -331,7 +330,7 @@ def measure(config: TrainConfig, budget: float) -> dict[str, Any]:
         for _ in range(2):
             load()
             (warm,) = turn(lambda: step_of(setup, short, itertools.repeat(synthetic, few)), 1, cuda)
-        step_ms = largest(warm.ms)[0] * plan.count / few
+        step_ms = largest(warm.ms) * plan.count / few
         turn_ms = min(TURN_MS, 1e3 * budget / (3 * FEWEST))
         steps = max(1, math.ceil(turn_ms / step_ms))
         lead = plan.count < 2 * QUEUED
@@ -353,17 +352,16 @@ def measure(config: TrainConfig, budget: float) -> dict[str, Any]:
             accelerator.wait_for_everyone()  # or who comes first waits for the others in its step
             with gpu_watch() as readings:
                 together = turn(both, steps, cuda)
-            waited = loader.take_wait_s()
+            waited = 1e3 * loader.take_wait_s() / sum(each.ms for each in together)
             settle()  # or the loader fills its queue in the next one's turn
             accelerator.wait_for_everyone()
             alone = turn(compute, steps, cuda)
-            every = [*together, *alone]
-            worst = largest(*(step.stolen for step in every))  # what disturbs one rank, others wait for
-            every = [each._replace(stolen=share) for each, share in zip(every, worst, strict=True)]
+            # What disturbs one rank, others wait for.
+            every = [each._replace(stolen=largest(each.stolen)) for each in [*together, *alone]]
             return Round(loader_rate, every[:steps], every[steps:], waited, readings)
 
         began, seen, calm = time.perf_counter(), list[Round](), list[Round]()
-        while len(calm) < rounds and (len(seen) < rounds or largest(time.perf_counter() - began)[0] < 2 * budget):
+        while len(calm) < rounds and (len(seen) < rounds or largest(time.perf_counter() - began) < 2 * budget):
             seen.append(go_round())
             calm = [each for each in (one.calm() for one in seen) if each.together and each.synthetic]
         counted = calm if len(calm) >= FEWEST else seen
@@ -387,9 +385,9 @@ def measure(config: TrainConfig, budget: float) -> dict[str, Any]:
                 for name in ("synthetic", "together")
             ),
             *(ratio.median, unknown, ratio.p20, ratio.p80),
-            100 * 1e3 * sum(each.waited_s for each in seen) / sum(step.ms for each in seen for step in each.together),
+            100 * statistics.mean(each.waited for each in counted),
             *(statistics.median(step_times), p95),
-            *(largest(device_mib)[0] if cuda else None, largest(peak_host_mib())[0], *means),
+            *(largest(device_mib) if cuda else None, largest(peak_host_mib()), *means),
         )
         return dict(zip(FOUND, values, strict=True))
 
