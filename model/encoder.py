@@ -61,6 +61,18 @@ class SelectiveKernel(nn.Module):
         return torch.lerp(second, first, (a - b).sigmoid())  # a softmax of two, in the type of the streams
 
 
+class StridedPointwise(nn.Conv2d):
+    """A 1x1 convolution of a stride, without bias, as one of stride 1 on the pixels that it keeps.
+
+    Below 16 channels in, on AVX2 below 8, oneDNN's gradient of the other writes past its workspace where memory is
+    channels_last: wrong gradients, or a crash (uxlfoundation/oneDNN#6035, in torch 2.14).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, columns = self.stride
+        return nn.functional.conv2d(x[..., ::rows, ::columns], self.weight)
+
+
 class UpperLeftPool(nn.AvgPool2d):
     """The mean of a pixel and its three neighbours to the right and below, at the edges of those that exist."""
 
@@ -155,7 +167,8 @@ def _stem(channels: int, small: bool, selective_kernel: bool) -> nn.Module:
 
 def _shortcut(inplanes: int, outplanes: int, stride: int, selective_kernel: bool) -> nn.Sequential:
     if not selective_kernel:
-        return nn.Sequential(nn.Conv2d(inplanes, outplanes, 1, stride, bias=False), nn.BatchNorm2d(outplanes))
+        convolution = StridedPointwise if inplanes < 16 else nn.Conv2d
+        return nn.Sequential(convolution(inplanes, outplanes, 1, stride, bias=False), nn.BatchNorm2d(outplanes))
     # Beyond an odd edge the authors count zeros where they halve, and nothing where they do not.
     pool = nn.AvgPool2d(2, 2, ceil_mode=True, divisor_override=4) if stride == 2 else UpperLeftPool()
     return nn.Sequential(pool, nn.Conv2d(inplanes, outplanes, 1, bias=False), nn.BatchNorm2d(outplanes))

@@ -53,6 +53,23 @@ def test_same_weights_give_torchvisions_features(depth, training):
     assert torch.equal(features, theirs.train(training)(images()))
 
 
+@pytest.mark.parametrize("width", [1 / 16, 1 / 8, 1 / 4])
+def test_gradients_of_narrow_networks_are_right_in_channels_last(width):
+    """Those of float64, ten times over: what another library did with few channels differed from call to call."""
+    encoder = build_encoder(18, width=width, stem="small")
+    randomise(encoder)
+    double = build_encoder(18, width=width, stem="small").double()
+    double.load_state_dict(encoder.state_dict())
+    exact = torch.autograd.grad(double(images(8, 16).double()).square().sum(), list(double.parameters()))
+    encoder = encoder.to(memory_format=torch.channels_last)
+    for _ in range(10):
+        loss = encoder(images(8, 16).contiguous(memory_format=torch.channels_last)).square().sum()
+        for (name, _), found, right in zip(
+            encoder.named_parameters(), torch.autograd.grad(loss, list(encoder.parameters())), exact, strict=True
+        ):
+            assert (found - right).norm() <= 1e-3 * right.norm() + 1e-6, name
+
+
 def test_small_stem_is_torchvision_with_three_by_three_and_no_pool():
     """At 32 px layer4 still sees 4x4, and the features are those of the usual surgery on torchvision's model."""
     encoder = build_encoder(18, stem="small")
