@@ -2,6 +2,16 @@
 
 import os
 
+import pytest
+
 # One thread per process keeps float32 sums bitwise repeatable and leaves cores for multi-process tests.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Every test draws the same numbers each time: torch's own seed is another in every process."""
+    import torch
+
+    torch.manual_seed(0)

@@ -55,7 +55,8 @@ def test_same_weights_give_torchvisions_features(depth, training):
 
 @pytest.mark.parametrize("width", [1 / 16, 1 / 8, 1 / 4])
 def test_gradients_of_narrow_networks_are_right_in_channels_last(width):
-    """Those of float64, ten times over: what another library did with few channels differed from call to call."""
+    """Those of float64, ten times over: what oneDNN made of few channels differed from call to call."""
+    torch.manual_seed(0)  # other weights may have a sum so near 0 that ReLU lets it pass in one precision alone
     encoder = build_encoder(18, width=width, stem="small")
     randomise(encoder)
     double = build_encoder(18, width=width, stem="small").double()
