@@ -12,11 +12,13 @@ from torch import Tensor
 from pipeline.views import ViewConfig
 
 _VECTOR = 16  # pixels to whose channels the numbers per channel are repeated
-_AT_ONCE = 2**22  # pixels: what stands between levels and views stays small, and small views are not many small tasks
+_AT_ONCE = 2**20  # pixels: what stands between levels and views stays small, and small views are not many small tasks
 
 
-def finish(levels: Tensor, colour: Tensor, mean_colour: Tensor, config: ViewConfig) -> Tensor:
-    """Views (n, S, S, 3), float32: levels x recoloured to A x + B m, clipped to [0, 255], and normalised.
+def finish(
+    levels: Tensor, colour: Tensor, mean_colour: Tensor, config: ViewConfig, out: Tensor | None = None
+) -> Tensor:
+    """Views (n, S, S, 3), float32: levels x recoloured to A x + B m, clipped to [0, 255], and normalised; in `out`.
 
     levels (n, S, S, 3) uint8; A `colour` and B `mean_colour` (n, 3, 3) as in `pipeline.views.Draws`; m the mean of each
     view.
@@ -25,7 +27,7 @@ def finish(levels: Tensor, colour: Tensor, mean_colour: Tensor, config: ViewConf
     area = levels.shape[1] * levels.shape[2]
     pixels = math.gcd(_VECTOR, area)
     low, high = (bound.repeat(pixels) for bound in (-mean / std, (255 - mean) / std))
-    views = torch.empty(levels.shape)
+    views = torch.empty(levels.shape) if out is None else out
     parts = (every.split(max(1, _AT_ONCE // area)) for every in (levels, colour, mean_colour, views))
     for x, A, B, view in zip(*parts, strict=True):
         x, n = x.float(), len(x)

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from pipeline.graph import Reader
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 SHUFFLE = 2048  # samples in each rank's shuffle buffer; the shards themselves are shuffled when written
 
 # A forked child, such as a DataLoader's worker, that collected its parent's pipelines would join threads it has not.
@@ -137,12 +137,12 @@ class Loader:
             raise self._failure
         start = self._mark()
         try:
-            batch, self._position = self._ahead.result() if self._ahead else self._make()
+            batch, self._position = self._ahead.result() if self._ahead else self._make(self._room())
         except LoaderError as error:
             self._failure = error  # DALI would go on with the next batch, and this rank out of step with the others
             raise
         if self.device.type == "cpu":  # a GPU makes batches beside what runs here by itself
-            self._ahead = self._worker.submit(self._make)
+            self._ahead = self._worker.submit(self._make, self._room())
         self._waits.append((start, self._mark()))
         self._count_waits()
         return batch
@@ -177,18 +177,25 @@ class Loader:
         torch.set_num_threads(threads)
         return worker
 
-    def _make(self) -> tuple[Batch, _Position]:
-        """The next batch, and the position behind it."""
+    def _room(self) -> Tensor:
+        """Memory for a batch's views (2n, S, S, 3), of the thread that asks: more than another's heap may hold."""
+        size, dtype = self.views.size, torch.half if self._half and not self._in_levels else torch.float
+        return torch.empty(2 * self.micro_batch, size, size, 3, dtype=dtype, device=self.device)
+
+    def _make(self, views: Tensor) -> tuple[Batch, _Position]:
+        """The next batch, written to `views`, and the position behind it."""
         if self._pipe is None:
             self._pipe = self._build(None)
         if self._runs % self._runs_per_epoch == self._used_per_epoch:
             self._skip_to_next_epoch(self._pipe)
         epoch, run = divmod(self._runs, self._runs_per_epoch)
         (first, second, *colours), labels = self._run(self._pipe)
-        views = torch.cat([first, second])
         if colours:
-            views = finish(views, torch.cat(colours[::2]), torch.cat(colours[1::2]), self.views)
+            for levels, A, B, out in zip((first, second), colours[::2], colours[1::2], views.chunk(2), strict=True):
+                finish(levels, A, B, self.views, out)
             views = views.half() if self._half else views
+        else:
+            torch.cat([first, second], out=views)
         batch = Batch(views.permute(0, 3, 1, 2), labels, epoch, run // self._micro_batches * self._batch_size)
         return batch, (self._runs, self._pipe.checkpoint())
 
@@ -218,10 +225,8 @@ class Loader:
     def _build(self, checkpoint: bytes | None) -> "Pipeline":
         from pipeline.graph import two_views
 
-        on_cpu = self.device.type == "cpu"
-        if on_cpu:
+        if self.device.type == "cpu":
             _keep_freed_memory()
-        views = self.views, self._second_views or self.views
         return two_views(
             self._reader,
             self.views,
@@ -231,9 +236,15 @@ class Loader:
             device_id=_device_id(self.device),
             num_threads=self._num_threads,
             half=self._half,
-            levels=on_cpu and all(view.ends_in_colour for view in views),
+            levels=self._in_levels,
             checkpoint=checkpoint,
         )
+
+    @cached_property
+    def _in_levels(self) -> bool:
+        """Whether the graph gives levels, and `finish` makes views of them."""
+        views = self.views, self._second_views or self.views
+        return self.device.type == "cpu" and all(view.ends_in_colour for view in views)
 
     @cached_property  # it names every shard, and ImageNet has more than a thousand
     def _reader(self) -> "Reader":
@@ -471,12 +482,13 @@ def _keep_freed_memory() -> None:
     """DALI's CPU operators allocate every batch anew.
 
     glibc gives blocks of megabytes back to the kernel when they are freed, and the kernel clears their pages again: an
-    eighth of the processor time of views at 224 pixels, for a tenth less memory. Threads with an arena of their own
-    would do so in any case, for no arena but the first holds such blocks.
+    eighth of the processor time of views at 224 pixels, for a tenth less memory. Threads beside the first hold blocks
+    in heaps of 64 MB; with a pad of more than that glibc keeps those that are empty. One arena for all would cost a
+    training thread some 5 % of its time, waiting for it and touching new pages (a small ResNet-18, 32 px, two cores).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's own
     if mallopt:
-        mallopt(_M_ARENA_MAX, 1)
+        mallopt(_M_TOP_PAD, 1 << 27)
         mallopt(_M_MMAP_THRESHOLD, 1 << 30)
         mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
