@@ -484,26 +484,17 @@ def interleaved(runs: dict[str, tuple[str, Task]], seconds: float) -> dict[str, 
 
 
 @contextlib.contextmanager
-def standing_still(
-    name: str,
-    task: Task,
-    batches: Callable[[Task], Batches] | None = None,
-    *,
-    multiple: int | None = None,
-    cores: int | None = None,
-) -> Iterator[Callable[[float], Turn]]:
+def standing_still(name: str, task: Task) -> Iterator[Callable[[float], Turn]]:
     """A loader in a process of its own that moves only while the function given is called; raises RuntimeError.
 
-    It is the one of STAGES or PEERS of that name, or `batches`, which a new process must be able to import. A turn ends
-    with a multiple of so many batches, by default of the workers' number. Without a GPU it keeps to so many cores, by
-    default as many as it has workers.
+    It is the one of STAGES or PEERS of that name. A turn ends with a multiple of as many batches as it has workers;
+    without a GPU it keeps to so many cores.
 
     In between, its process group is stopped: no queue is filled in another's turn, and none starts a turn full.
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    make = batches or (STAGES | PEERS)[name]
-    process = context.Process(target=_serve, args=(make, task, there, multiple or task.threads, cores or task.threads))
+    process = context.Process(target=_serve, args=((STAGES | PEERS)[name], task, there))
     process.start()
     there.close()
     group = process.pid or 0
@@ -532,16 +523,16 @@ def standing_still(
         process.join()
 
 
-def _serve(make: Callable[[Task], Batches], task: Task, link: Connection, multiple: int, cores: int) -> None:
+def _serve(make: Callable[[Task], Batches], task: Task, link: Connection) -> None:
     die_with_parent()
     os.setpgid(0, 0)
     if task.device == "cpu":
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: task.threads])
     torch.set_num_threads(task.threads)
     try:
         batches = make(task)
         while True:
-            link.send(take_turn(batches, link.recv(), multiple))
+            link.send(take_turn(batches, link.recv(), task.threads))
     except (EOFError, BrokenPipeError):  # the benchmark has ended
         return
     except Exception as error:

@@ -11,6 +11,7 @@ cpu_seconds() -> float                      processor time of this process and o
 stolen_s() -> float                         processor time that a virtual machine did not get, so far
 kept_awake()                                no processor sleeps while its block runs
 append(record, rows), read(record) -> rows  rows are added to a CSV, never edited
+failure(error) -> status                    in one line, "out of memory" for all that say so
 die_with_parent()                           no process of a benchmark that was killed goes on using the machine
 """
 
@@ -42,6 +43,7 @@ import torch
 
 RECORDS = Path(__file__).parent / "records"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "bad_alloc", "do not fit")
 
 
 @dataclass(frozen=True)
@@ -262,6 +264,14 @@ def die_with_parent() -> None:
     """Linux ends this process when its parent ends, however that does, and even while this one is stopped."""
     with contextlib.suppress(AttributeError):  # not Linux
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def failure(error: Exception) -> str:
+    """The status of a row that ended so, in one line."""
+    memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    if memory or any(words in str(error).lower() for words in OUT_OF_MEMORY):
+        return "out of memory"
+    return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def append(record: Path | str, rows: Sequence[Mapping[str, object]]) -> None:

@@ -1,6 +1,6 @@
 """Loader, step and both together at batches of 256 to 8192 images: where the time and the memory go.
 
-    python -m benchmarks.sweep SHARDS --preset cpu              a small network at 32 px, in ten minutes on four cores
+    python -m benchmarks.sweep SHARDS --preset cpu              a small network at 32 px, in ten minutes on two cores
     python -m benchmarks.sweep SHARDS --preset cpu-tiny         one so small that decoding full-size JPEGs limits it
     python -m benchmarks.sweep SHARDS --preset imagenet         GPU: ResNet-50 at 224 px
     python -m benchmarks.sweep SHARDS --preset cifar10          GPU: ResNet-18 at 32 px
@@ -9,12 +9,13 @@
     python -m benchmarks.sweep SHARDS --profile FOLDER --batch-size 1024
     accelerate launch --multi_gpu --num_processes 8 -m benchmarks.sweep SHARDS --preset imagenet
 
-Every batch size is measured in a process of its own (under a launcher: one per rank) by train.py's network, optimizer,
-loss and step. Its turns alternate: the loader alone, the step on synthetic views, and both; the first steps are
-warm-up, and medians over the rounds count. In a virtual machine whose hypervisor runs others during a step, that step
-does not count, and a round without one that does is repeated, within twice the budget; --awake makes that rarer, for
-there a processor that slept may be long in waking. Rates are in source images, of which each gives two views. A process
-that runs out of memory leaves a row that says so, and the sweep goes on. Without SHARDS the demo's data serve.
+Three things are measured at every batch size, by train.py's network, optimizer, loss and step: the loader alone, the
+step on synthetic views, and both. Where one process trains on a CPU, each is a program of its own, and they run in
+slices of 20 ms, see slices.py: what else the machine does slows them alike. On a GPU, and under a launcher, one process
+(per rank) does the three in turns of seconds; in a virtual machine whose hypervisor runs others during a step, that
+step does not count, and a round without one that does is repeated, within twice the budget. Rates are in source images,
+of which each gives two views. A process that runs out of memory leaves a row that says so, and the sweep goes on.
+Without SHARDS the demo's data serve.
 
 The loader limits where training on synthetic views would be more than 3 % faster: then the stage that adds most time to
 it alone is named, see benchmarks/loader.py. On CPUs the two share memory, and cores where `cores_of` cannot part them:
@@ -47,7 +48,7 @@ import torch.distributed as dist
 import typer
 from torch import Tensor
 
-from benchmarks.loader import PEERS, Batches, Task, Turn, interleaved, stages, standing_still
+from benchmarks.loader import PEERS, Task, interleaved, stages
 from benchmarks.measure import (
     RECORDS,
     Marks,
@@ -55,6 +56,7 @@ from benchmarks.measure import (
     append,
     die_with_parent,
     environment,
+    failure,
     gpu_watch,
     held_mib,
     kept_awake,
@@ -64,6 +66,7 @@ from benchmarks.measure import (
     stolen_s,
     timing,
 )
+from benchmarks.slices import Course, Done, in_slices, rounds
 from model.nt_xent import nt_xent
 from pipeline.demo import write_demo
 from pipeline.loader import build_loader
@@ -78,21 +81,20 @@ ENOUGH = 0.97  # together / synthetic from which on the model limits
 RIVALS_NOISE = 0.1  # of a rival's ratio to ours, known no better than this share of it
 CALM = 0.01  # share of the processors' time that a hypervisor may take in a step that counts
 FEWEST, MOST = 3, 40  # rounds
-RIVALS_ROUNDS = 5
+SLICED_ROUNDS = 10  # at most, of slices
 WORKERS_BATCH = 64  # images at most: each worker of a DataLoader holds two ready, of a GPU's micro-batches gigabytes
-READY = 4  # times what all workers hold ready is a rival's turn, at least
 TURN_MS = 1000.0  # of each of the three in a round, at least
 QUEUED = 4  # micro-batches, at least as many as the loader holds ready
 WASTE = 0.01  # of an epoch may be read and dropped at its end
 OURS = "ours"
 
 # One core loads and the others train, as a GPU would, see `cores_of`: sharing all, a loader could not be free. A CPU
-# cannot be asked what fits. So wide a network takes minutes for the largest batch, and is slow beside a loader of small
-# images.
+# cannot be asked what fits. So wide a network takes minutes for the largest batch on two cores, and is slow beside a
+# loader of small images.
 CPU = replace(
     RECIPES["demo"],
     views=make_views(VIEWS["cifar"], {"size": 32}),
-    width=0.75,
+    width=0.375,
     micro_batch=256,
     num_threads=1,
     cpu_threads=max(1, share_of_cores() - 1),
@@ -112,6 +114,8 @@ CONTESTANTS = {
     "solo": ("DALI, masks", "reference", False),
     "torchvision": ("torchvision, PIL", "reference", True),
 }
+
+Measured = tuple[str, dict[str, Any]]  # a status, and where it is "ok" the numbers
 
 FOUND = (
     *("micro_batch", "rounds", "loader_images_per_s", "synthetic_images_per_s", "together_images_per_s"),
@@ -334,7 +338,7 @@ def measure(config: TrainConfig, budget: float) -> dict[str, Any]:
         turn_ms = min(TURN_MS, 1e3 * budget / (3 * FEWEST))
         steps = max(1, math.ceil(turn_ms / step_ms))
         lead = plan.count < 2 * QUEUED
-        rounds = min(MOST, max(FEWEST, int(1e3 * budget / ((lead + 2 * steps) * step_ms + turn_ms))))
+        most = min(MOST, max(FEWEST, int(1e3 * budget / ((lead + 2 * steps) * step_ms + turn_ms))))
 
         def go_round() -> Round:
             turn(load, QUEUED, cuda)  # what waited in its queue was not made in this turn
@@ -361,7 +365,7 @@ def measure(config: TrainConfig, budget: float) -> dict[str, Any]:
             return Round(loader_rate, every[:steps], every[steps:], waited, readings)
 
         began, seen, calm = time.perf_counter(), list[Round](), list[Round]()
-        while len(calm) < rounds and (len(seen) < rounds or largest(time.perf_counter() - began) < 2 * budget):
+        while len(calm) < most and (len(seen) < most or largest(time.perf_counter() - began) < 2 * budget):
             seen.append(go_round())
             calm = [each for each in (one.calm() for one in seen) if each.together and each.synthetic]
         counted = calm if len(calm) >= FEWEST else seen
@@ -390,6 +394,54 @@ def measure(config: TrainConfig, budget: float) -> dict[str, Any]:
             *(largest(device_mib) if cuda else None, largest(peak_host_mib()), *means),
         )
         return dict(zip(FOUND, values, strict=True))
+
+
+def measure_in_slices(config: TrainConfig, budget: float, program: Callable[..., Iterator[Done]]) -> Measured:
+    """(status, the same numbers) where this process trains alone on a CPU: the three are programs of their own."""
+    names = ("synthetic", "together", "loader")
+    programs = {name: partial(program, config, name) for name in names}
+    courses = in_slices(programs, budget, order=(*names[:2] * 4, names[2]), fewest=FEWEST)
+    done = {name: course for name, course in courses.items() if not isinstance(course, str)}
+    if len(done) < len(courses):
+        return max((status for status in courses.values() if isinstance(status, str)), key=severity), {}
+    together = done["together"]
+    moments = rounds([done[name] for name in names[:2]], SLICED_ROUNDS)
+    rates = {name: done[name].rates(moments) for name in names[:2]}
+    ratios = [both / alone for both, alone in zip(rates["together"], rates["synthetic"], strict=True)]
+    ratio, steps_ms = timing(ratios), sorted(1e3 * each for each in together.steps_s)
+    values = (
+        *(config.micro_batch or config.batch_size, len(ratios), done["loader"].images_per_s),
+        *(statistics.median(rates[name]) for name in names[:2]),
+        *(ratio.median, uncertainty(ratios), ratio.p20, ratio.p80),
+        *(100 * together.waited, statistics.median(steps_ms), steps_ms[math.ceil(0.95 * len(steps_ms)) - 1]),
+        *(None, together.peak_host_mib, None, None),
+    )
+    return "ok", dict(zip(FOUND, values, strict=True))
+
+
+def loads_or_trains(config: TrainConfig, what: str) -> Iterator[Done]:
+    """One of the three for `measure_in_slices`: micro-batches of the loader, or steps."""
+    with prepared(config) as (_, setup, loader, synthetic):
+        plan = setup.plan
+        views = itertools.repeat(synthetic) if what == "synthetic" else (batch.views for batch in loader)
+        if what == "loader":
+            for _ in itertools.islice(views, QUEUED):
+                pass
+        else:
+            few = min(plan.count, 2)
+            short = replace(plan, count=few, keep=min(plan.keep, few))
+            # The queue is as full as steps leave it; that of a step of many micro-batches fills while they are encoded
+            # again.
+            for part in (short, short, plan if plan.count < 2 * QUEUED else short):
+                step_of(setup, part, itertools.islice(views, part.count))
+        loader.take_wait_s()
+        yield Done()
+        while True:
+            if what == "loader":
+                next(views)
+            else:
+                step_of(setup, plan, itertools.islice(views, plan.count))
+            yield Done(plan.micro_batch if what == "loader" else config.batch_size, loader.take_wait_s())
 
 
 @contextlib.contextmanager
@@ -483,7 +535,10 @@ class Sweep:
 
     def row(self, config: TrainConfig) -> dict[str, Any]:
         """Measures one batch size, on all ranks; the row is the same on none but rank 0."""
-        status, found = self.ranks.run(measure, config, self.budget)
+        if self.ranks.world_size > 1 or torch.cuda.is_available():
+            status, found = self.ranks.run(measure, config, self.budget)
+        else:
+            status, found = measure_in_slices(config, self.budget, loads_or_trains)
         says = efficiency = ""
         if status == "ok":
             if self.ranks.world_size > 1:
@@ -522,10 +577,7 @@ class Sweep:
         return rounded(100 * together / (world_size * found["together_images_per_s"])) if status == "ok" else ""
 
     def against(self, row: dict[str, Any], rivals: Sequence[str], images: Path | None) -> list[dict[str, Any]]:
-        """Training with others' loaders and losses at the batch of a row, all in turn.
-
-        A turn takes several times what a DataLoader's workers hold ready, for it may begin with that and end without.
-        """
+        """Training with others' loaders and losses at the batch of a row, all in turn."""
         if not row["micro_batch"]:
             return []
         cores = share_of_cores()
@@ -539,77 +591,68 @@ class Sweep:
             threads=config.num_threads,
             device="cuda" if torch.cuda.is_available() else "cpu",
         )
-        ready = 2 * task.threads * workers_batch(config.micro_batch)
-        steps = math.ceil(READY * ready / config.batch_size)
-        names, found = [OURS, *rivals], dict[str, list[Turn] | str]()
-        # A GPU takes them one by one, each with all its memory; cores are shared with other programs, so there in turn.
-        for together in [[name] for name in names] if task.device == "cuda" else [names]:
-            with contextlib.ExitStack() as stack:
-                turns = {}
-                for name in together:
-                    batches = partial(trained, name=name, config=config)
-                    turns[name] = stack.enter_context(standing_still(name, task, batches, multiple=steps, cores=cores))
-                found |= in_rounds(turns, self.budget * len(turns) / len(names))
+        names, budget = [OURS, *rivals], self.budget * (1 + len(rivals))
+        programs = {name: partial(trained, task, name, config) for name in names}
+        if task.device == "cuda":  # one by one, each with all its memory
+            found = {name: in_slices({name: programs[name]}, self.budget)[name] for name in names}
+        else:
+            found = in_slices(programs, budget, fewest=FEWEST)
         rows = [
             {
                 **self.kind(config),
                 "what": name,
-                **contested(taken, found[OURS]),
+                **contested(course, found[OURS]),
                 **self.facts,
                 **{"threads": cores, "loader_threads": cores},
             }
-            for name, taken in found.items()
+            for name, course in found.items()
         ]
         append(self.out / "against.csv", rows)
         print_against(rows)
         return rows
 
 
-def in_rounds(turns: Mapping[str, Callable[[float], Turn]], seconds: float) -> dict[str, list[Turn] | str]:
-    """The turns of each in `seconds`, RIVALS_ROUNDS at least; or the status of what ended before its last.
-
-    The first ones, in which queues fill, come before that.
-    """
-    taken, failed, rounds, end = {name: list[Turn]() for name in turns}, dict[str, str](), 0, math.inf
-    while len(failed) < len(turns) and (rounds <= RIVALS_ROUNDS or time.perf_counter() < end):
-        for name in (name for name in turns if name not in failed):
-            try:
-                taken[name].append(turns[name](TURN_MS / 1e3))
-            except RuntimeError as error:
-                failed[name] = failure(error)
-        rounds, end = rounds + 1, min(end, time.perf_counter() + seconds)
-    return {name: failed.get(name) or taken[name][1:] for name in turns}
-
-
-def contested(taken: list[Turn] | str, ours: list[Turn] | str) -> dict[str, Any]:
-    """The numbers of a contestant's row, from its turns and from ours of the same rounds."""
+def contested(course: Course | str, ours: Course | str) -> dict[str, Any]:
+    """The numbers of a contestant's row, from what it did and what ours did."""
     row: dict[str, Any] = dict.fromkeys(CONTESTED, "")
-    if isinstance(taken, str):
-        return row | {"status": taken}
+    if isinstance(course, str):
+        return row | {"status": course}
     row |= {
-        "rounds": len(taken),
-        "images_per_s": rounded(statistics.median(each.images / each.wall_s for each in taken)),
+        "images_per_s": rounded(course.images_per_s),
         "status": "ok",
-        "cpu_ms_per_image": rounded(statistics.median(1e3 * each.cpu_s / each.images for each in taken)),
-        "peak_host_mib": rounded(max(each.peak_host_mib for each in taken)),
+        "cpu_ms_per_image": rounded(1e3 * course.cpu_s_per_image),
+        "peak_host_mib": rounded(course.peak_host_mib),
     }
     if isinstance(ours, str):
         return row
-    pairs = zip(taken, ours, strict=False)  # one by one on a GPU, one may have had more turns
-    ratios = [a.images / a.wall_s / (b.images / b.wall_s) for a, b in pairs]
+    both = [course, ours]
+    apart = len({each.slices[0] for each in both}) > 1 and len(course.slices) == 1  # one by one, on a GPU
+    moments = [rounds([each] if apart else both, SLICED_ROUNDS) for each in both]
+    rates = [each.rates(at) for each, at in zip(both, moments, strict=True)]
+    ratios = [theirs / mine for theirs, mine in zip(*rates, strict=False)]
     ratio = timing(ratios)
-    row |= {"ratio_to_ours": rounded(ratio.median)}
+    row |= {"rounds": len(ratios), "ratio_to_ours": rounded(ratio.median)}
     row |= {"ratio_p20": rounded(ratio.p20), "ratio_p80": rounded(ratio.p80)}
     return row | ({"status": "noisy"} if uncertainty(ratios) > RIVALS_NOISE * ratio.median else {})
 
 
-def trained(task: Task, name: str, config: TrainConfig) -> Batches:
-    """Steps of one contestant: `task` through its loader, and its loss of all micro-batches; source images of each."""
-    if name == OURS:
-        with prepared(config) as (_, setup, loader, _):
-            while True:
-                step_of(setup, setup.plan, (batch.views for batch in itertools.islice(loader, setup.plan.count)))
-                yield config.batch_size, ()
+def trained(task: Task, name: str, config: TrainConfig) -> Iterator[Done]:
+    """Steps of one contestant: `task` through its loader, and its loss of all micro-batches."""
+    with contextlib.ExitStack() as stack:
+        if name == OURS:
+            _, setup, loader, _ = stack.enter_context(prepared(config))
+            views: Iterator[Tensor] = (batch.views for batch in loader)
+        else:
+            setup, views = rival(task, name, config)
+        for i in itertools.count():
+            step_of(setup, setup.plan, itertools.islice(views, setup.plan.count))
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            yield Done(config.batch_size if i else 0)
+
+
+def rival(task: Task, name: str, config: TrainConfig) -> tuple[Setup, Iterator[Tensor]]:
+    """Our network and optimizer with another's loss, and micro-batches of its loader."""
     loader_name, loss_name, workers = CONTESTANTS[name]
     if workers:
         task = replace(task, batch_size=workers_batch(config.micro_batch))
@@ -623,10 +666,7 @@ def trained(task: Task, name: str, config: TrainConfig) -> Batches:
         [view.to(accelerator.device, dtype, non_blocking=True) for view in pair]
         for _, pair in itertools.chain([first], batches)
     )
-    views = joined(pairs, config.micro_batch // task.batch_size)
-    while True:
-        step_of(setup, setup.plan, itertools.islice(views, setup.plan.count))
-        yield config.batch_size, ()
+    return setup, joined(pairs, config.micro_batch // task.batch_size)
 
 
 def joined(pairs: Iterator[Sequence[Tensor]], count: int) -> Iterator[Tensor]:
@@ -797,7 +837,6 @@ def gaps(spans: Iterable[tuple[float, float]]) -> float:
 
 # --------------------------------------------------------------------------------------------------------- processes
 
-OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "bad_alloc", "do not fit")
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -895,14 +934,6 @@ def _answer(link: Connection, work: Callable[..., dict[str, Any]], arguments: tu
         link.send(("ok", work(*arguments)))
     except Exception as error:
         link.send((failure(error), {}))
-
-
-def failure(error: Exception) -> str:
-    """The status of a row that ended so, in one line."""
-    memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    if memory or any(words in str(error).lower() for words in OUT_OF_MEMORY):
-        return "out of memory"
-    return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 if __name__ == "__main__":
