@@ -94,7 +94,7 @@ OURS = "ours"
 CPU = replace(
     RECIPES["demo"],
     views=make_views(VIEWS["cifar"], {"size": 32}),
-    width=0.375,
+    width=0.3125,
     micro_batch=256,
     num_threads=1,
     cpu_threads=max(1, share_of_cores() - 1),
@@ -396,29 +396,6 @@ def measure(config: TrainConfig, budget: float) -> dict[str, Any]:
         return dict(zip(FOUND, values, strict=True))
 
 
-def measure_in_slices(config: TrainConfig, budget: float, program: Callable[..., Iterator[Done]]) -> Measured:
-    """(status, the same numbers) where this process trains alone on a CPU: the three are programs of their own."""
-    names = ("synthetic", "together", "loader")
-    programs = {name: partial(program, config, name) for name in names}
-    courses = in_slices(programs, budget, order=(*names[:2] * 4, names[2]), fewest=FEWEST)
-    done = {name: course for name, course in courses.items() if not isinstance(course, str)}
-    if len(done) < len(courses):
-        return max((status for status in courses.values() if isinstance(status, str)), key=severity), {}
-    together = done["together"]
-    moments = rounds([done[name] for name in names[:2]], SLICED_ROUNDS)
-    rates = {name: done[name].rates(moments) for name in names[:2]}
-    ratios = [both / alone for both, alone in zip(rates["together"], rates["synthetic"], strict=True)]
-    ratio, steps_ms = timing(ratios), sorted(1e3 * each for each in together.steps_s)
-    values = (
-        *(config.micro_batch or config.batch_size, len(ratios), done["loader"].images_per_s),
-        *(statistics.median(rates[name]) for name in names[:2]),
-        *(ratio.median, uncertainty(ratios), ratio.p20, ratio.p80),
-        *(100 * together.waited, statistics.median(steps_ms), steps_ms[math.ceil(0.95 * len(steps_ms)) - 1]),
-        *(None, together.peak_host_mib, None, None),
-    )
-    return "ok", dict(zip(FOUND, values, strict=True))
-
-
 def loads_or_trains(config: TrainConfig, what: str) -> Iterator[Done]:
     """One of the three for `measure_in_slices`: micro-batches of the loader, or steps."""
     with prepared(config) as (_, setup, loader, synthetic):
@@ -442,6 +419,31 @@ def loads_or_trains(config: TrainConfig, what: str) -> Iterator[Done]:
             else:
                 step_of(setup, plan, itertools.islice(views, plan.count))
             yield Done(plan.micro_batch if what == "loader" else config.batch_size, loader.take_wait_s())
+
+
+def measure_in_slices(
+    config: TrainConfig, budget: float, program: Callable[..., Iterator[Done]] = loads_or_trains
+) -> Measured:
+    """(status, the same numbers) where this process trains alone on a CPU: the three are programs of their own."""
+    names = ("synthetic", "together", "loader")
+    programs = {name: partial(program, config, name) for name in names}
+    courses = in_slices(programs, budget, order=(*names[:2] * 4, names[2]), fewest=FEWEST)
+    done = {name: course for name, course in courses.items() if not isinstance(course, str)}
+    if len(done) < len(courses):
+        return max((status for status in courses.values() if isinstance(status, str)), key=severity), {}
+    together = done["together"]
+    moments = rounds([done[name] for name in names[:2]], SLICED_ROUNDS)
+    rates = {name: done[name].rates(moments) for name in names[:2]}
+    ratios = [both / alone for both, alone in zip(rates["together"], rates["synthetic"], strict=True)]
+    ratio, steps_ms = timing(ratios), sorted(1e3 * each for each in together.steps_s)
+    values = (
+        *(config.micro_batch or config.batch_size, len(ratios), done["loader"].images_per_s),
+        *(statistics.median(rates[name]) for name in names[:2]),
+        *(ratio.median, uncertainty(ratios), ratio.p20, ratio.p80),
+        *(100 * together.waited, statistics.median(steps_ms), steps_ms[math.ceil(0.95 * len(steps_ms)) - 1]),
+        *(None, together.peak_host_mib, None, None),
+    )
+    return "ok", dict(zip(FOUND, values, strict=True))
 
 
 @contextlib.contextmanager
@@ -535,10 +537,7 @@ class Sweep:
 
     def row(self, config: TrainConfig) -> dict[str, Any]:
         """Measures one batch size, on all ranks; the row is the same on none but rank 0."""
-        if self.ranks.world_size > 1 or torch.cuda.is_available():
-            status, found = self.ranks.run(measure, config, self.budget)
-        else:
-            status, found = measure_in_slices(config, self.budget, loads_or_trains)
+        status, found = self.measured(config)
         says = efficiency = ""
         if status == "ok":
             if self.ranks.world_size > 1:
@@ -560,6 +559,11 @@ class Sweep:
             append(self.out / "sweep.csv", [row])
             print_row(row)
         return row
+
+    def measured(self, config: TrainConfig) -> Measured:
+        if self.ranks.world_size > 1 or torch.cuda.is_available():
+            return self.ranks.run(measure, config, self.budget)
+        return measure_in_slices(config, self.budget)
 
     def kind(self, config: TrainConfig) -> dict[str, Any]:
         """What a row is of; only rows that agree in it can be compared."""

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from benchmarks import sweep
-from benchmarks.loader import Turn
-from benchmarks.measure import kept_awake, parse_readings
+from benchmarks.measure import failure, kept_awake, parse_readings
+from benchmarks.slices import Course, Done, Mark
 from benchmarks.sweep import (
     ENOUGH,
     FOUND,
@@ -32,7 +33,6 @@ from benchmarks.sweep import (
     Ranks,
     Step,
     compare,
-    failure,
     gaps,
     in_child,
     noisy,
@@ -43,6 +43,7 @@ from benchmarks.sweep import (
 from pipeline.shards import Sample, read_dataset
 from pipeline.views import make_views
 from pipeline.write import write_shards
+from tests.test_bench_slices import burn
 from tests.timed import thrice
 from train import TrainConfig
 
@@ -91,13 +92,13 @@ def test_the_verdict_names_the_stage_that_adds_most(stage: str) -> None:
 
 @contextmanager
 def loader_of(seconds: float) -> Iterator[None]:
-    """Each micro-batch comes after so long, whatever else the machine does: the first one, again and again."""
+    """Each micro-batch takes so long on a processor: the first one, again and again."""
     from pipeline.loader import Loader
 
     read, kept = Loader._run, list[Any]()
 
     def run(self: Any, pipe: Any) -> Any:
-        time.sleep(seconds)
+        burn(seconds)
         if kept:
             self._runs += 1
         else:
@@ -112,38 +113,50 @@ def loader_of(seconds: float) -> Iterator[None]:
 
 @contextmanager
 def model_of(seconds: float) -> Iterator[None]:
-    """A step that takes its views and then so long, whatever else the machine does."""
+    """A step that takes its views and then so long on a processor."""
 
     def take(*given: Any, **_: Any) -> None:
         list(given[2])
-        time.sleep(seconds)
+        burn(seconds)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("train.train_step", take)
         yield
 
 
+def slowed(loader_s: float, model_s: float, config: TrainConfig, what: str) -> Iterator[Done]:
+    with loader_of(loader_s), model_of(model_s):
+        yield from sweep.loads_or_trains(config, what)
+
+
 @thrice
-def test_a_slowed_loader_limits_and_a_slowed_model_does(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A loader of 0.3 s per micro-batch of 16 images allows 53 images/s at most; a step of 1.5 s, 11."""
-    monkeypatch.setattr(sweep, "FEWEST", 2)  # rounds
+def test_a_slowed_loader_limits_and_a_slowed_model_does(config: TrainConfig) -> None:
+    """A loader of 0.3 s per micro-batch of 16 images allows 53 images/s at most; a step of 0.3 s, too."""
     config = replace(config, batch_size=16)
-    with loader_of(0.3), model_of(0.05):
-        found = sweep.measure(config, 1.0)
+    status, found = sweep.measure_in_slices(config, 4.0, partial(slowed, 0.3, 0.02))
+    assert status == "ok"
     assert set(found) == set(FOUND)
     assert found["loader_images_per_s"] < 16 / 0.3
     assert found["together_images_per_s"] < 16 / 0.3
     assert found["ratio"] < 0.5
     assert found["data_wait_percent"] > 50
+    assert not noisy(found["ratio"], found["ratio_unknown"])
     assert verdict(found["ratio"], STAGES_MS) == "the loader limits: decode"
-    with loader_of(0.0), model_of(1.5):
-        found = sweep.measure(config, 1.0)
-    assert found["synthetic_images_per_s"] < 16 / 1.5
+    status, found = sweep.measure_in_slices(config, 4.0, partial(slowed, 0.001, 0.3))
+    assert status == "ok"
+    assert found["synthetic_images_per_s"] < 16 / 0.3
     assert found["loader_images_per_s"] > 2 * found["synthetic_images_per_s"]
     assert found["data_wait_percent"] < 5
     assert verdict(found["ratio"], STAGES_MS) == "the model limits"
-    assert found["step_ms_p95"] >= found["step_ms_p50"] > 1500
+    assert found["step_ms_p95"] >= found["step_ms_p50"] > 300
     assert found["micro_batch"] == 16
+    assert found["peak_host_mib"] > 0
+
+
+def test_three_programs_of_which_one_fails_leave_its_reason(config: TrainConfig) -> None:
+    found = sweep.measure_in_slices(replace(config, depth=17), 1.0)
+    assert found[0].startswith("failed: ValueError: depth 17 is not a ResNet")
+    assert found[1] == {}
 
 
 def test_a_ratio_is_of_neighbours_and_tells_how_far_the_rounds_differ(
@@ -219,42 +232,17 @@ def test_the_readings_of_the_driver_are_means_of_the_rounds(
     assert (found["gpu_utilisation_percent"], found["gpu_power_w"]) == (85, 550)
 
 
-def test_a_rival_that_ends_early_says_why_and_the_others_go_on() -> None:
-    turns = iter([True, True, False])
-
-    def lives(_: float) -> Turn:
-        return Turn(images=100, wall_s=1.0, cpu_s=2.0, peak_host_mib=10.0)
-
-    def dies(seconds: float) -> Turn:
-        if not next(turns):
-            raise RuntimeError("lightly: OutOfMemoryError: CUDA out of memory")
-        return lives(seconds)
-
-    found = sweep.in_rounds({"ours": lives, "lightly": dies}, 0.0)
-    assert found["lightly"] == "out of memory"
-    assert len(found["ours"]) == sweep.RIVALS_ROUNDS
-    assert sweep.contested(found["ours"], found["ours"])["ratio_to_ours"] == "1"
-    assert sweep.contested(found["lightly"], found["ours"])["status"] == "out of memory"
-    alone = sweep.contested(found["ours"], "failed: of itself")  # a ratio to nothing is none
+def test_what_ended_early_has_no_numbers_and_a_ratio_to_nothing_is_none() -> None:
+    marks = [Mark(float(at), 2.0 * at, 10.0, Done(100 if at else 0)) for at in range(5)]
+    ours = Course([(0.0, 5.0)], marks)
+    found = sweep.contested(ours, ours)
+    assert (found["ratio_to_ours"], found["rounds"], found["status"]) == ("1", 4, "ok")
+    assert (found["images_per_s"], found["cpu_ms_per_image"], found["peak_host_mib"]) == ("100", "20", "10")
+    assert sweep.contested("out of memory", ours)["status"] == "out of memory"
+    alone = sweep.contested(ours, "failed: of itself")
     assert (alone["ratio_to_ours"], alone["status"], alone["cpu_ms_per_image"]) == ("", "ok", "20")
-
-
-def test_rivals_take_turns_as_long_as_the_budget_lasts() -> None:
-    clock, order = [0.0], list[str]()
-
-    def turn_of(name: str) -> Any:
-        def turn(_: float) -> Turn:
-            clock[0] += 2.0
-            order.append(name)
-            return Turn(images=100, wall_s=2.0, cpu_s=2.0, peak_host_mib=10.0)
-
-        return turn
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(time, "perf_counter", lambda: clock[0])
-        found = sweep.in_rounds({name: turn_of(name) for name in ("ours", "lightly")}, 40.0)
-    assert [len(turns) for turns in found.values()] == [10, 10]
-    assert order == ["ours", "lightly"] * 11  # the first of them fill queues
+    later = Course([(10.0, 18.0)], [mark._replace(at=10 + 2 * mark.at) for mark in marks])  # one by one, half as fast
+    assert sweep.contested(later, ours)["ratio_to_ours"] == "0.5"
 
 
 def test_a_profile_that_fails_is_told(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,12 +350,12 @@ def test_a_command_leaves_rows_and_goes_on_after_one_that_fails(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Batches of which one fits and one is killed: a row each, on record, with all agreed columns."""
-    real = Ranks.run
+    real = sweep.Sweep.measured
 
-    def run(self: Ranks, work: Any, config: TrainConfig, *arguments: Any) -> Any:
-        return ("out of memory", {}) if config.batch_size == 16 else real(self, work, config, *arguments)
+    def measured(self: sweep.Sweep, config: TrainConfig) -> Any:
+        return ("out of memory", {}) if config.batch_size == 16 else real(self, config)
 
-    monkeypatch.setattr(Ranks, "run", run)
+    monkeypatch.setattr(sweep.Sweep, "measured", measured)
     monkeypatch.setattr(sweep, "stage_costs", lambda *_: STAGES_MS)
     monkeypatch.setattr(sweep, "noisy", lambda *_: False)  # turns so short are
     shape = ["--size", "16", "--width", "0.0625", "--micro-batch", "16", "--budget", "0.5"]
@@ -587,7 +575,7 @@ def test_the_command_fails_where_a_ratio_has_fallen(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = dict.fromkeys(FOUND, 1.0) | {"micro_batch": 16, "ratio_unknown": 0.01}
-    monkeypatch.setattr(Ranks, "run", lambda *_: ("ok", found))
+    monkeypatch.setattr(sweep.Sweep, "measured", lambda *_: ("ok", found))
     monkeypatch.setattr(sweep, "stage_costs", lambda *_: STAGES_MS)
     command = [str(data / "shards"), "--batch-size", "32", "--out", str(tmp_path)]
     assert CliRunner().invoke(app(), command).exit_code == 0
@@ -646,14 +634,10 @@ def test_what_workers_load_is_joined_to_the_micro_batches_of_both_views() -> Non
 
 
 @thrice
-def test_rivals_train_on_the_same_images(
-    data: Path, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rivals_train_on_the_same_images(data: Path, config: TrainConfig, tmp_path: Path) -> None:
     """Each contestant's step takes the whole batch through its own loader and loss."""
     ranks = Ranks()
     found = sweep.Sweep("cpu", config, ranks, 1.0, {}, tmp_path)
-    monkeypatch.setattr(sweep, "READY", 1)
-    monkeypatch.setattr(sweep, "RIVALS_ROUNDS", 2)
     rows = found.against({"status": "ok", "batch_size": 32, "micro_batch": "16"}, ["torchvision"], data / "images")
     assert [row["what"] for row in rows] == ["ours", "torchvision"]
     assert float(rows[0]["ratio_to_ours"]) == 1.0
