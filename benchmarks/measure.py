@@ -12,6 +12,7 @@ stolen_s() -> float                         processor time that a virtual machin
 kept_awake()                                no processor sleeps while its block runs
 append(record, rows), read(record) -> rows  rows are added to a CSV, never edited
 failure(error) -> status                    in one line, "out of memory" for all that say so
+die_first()                                 where memory ends, this process and not its parent
 die_with_parent()                           no process of a benchmark that was killed goes on using the machine
 """
 
@@ -264,6 +265,12 @@ def die_with_parent() -> None:
     """Linux ends this process when its parent ends, however that does, and even while this one is stopped."""
     with contextlib.suppress(AttributeError):  # not Linux
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def die_first() -> None:
+    """Linux kills this process before others where memory ends."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 def failure(error: Exception) -> str:

@@ -54,6 +54,7 @@ from benchmarks.measure import (
     Marks,
     Reading,
     append,
+    die_first,
     die_with_parent,
     environment,
     failure,
@@ -595,12 +596,11 @@ class Sweep:
             threads=config.num_threads,
             device="cuda" if torch.cuda.is_available() else "cpu",
         )
-        names, budget = [OURS, *rivals], self.budget * (1 + len(rivals))
-        programs = {name: partial(trained, task, name, config) for name in names}
+        programs = {name: partial(trained, task, name, config) for name in (OURS, *rivals)}
         if task.device == "cuda":  # one by one, each with all its memory
-            found = {name: in_slices({name: programs[name]}, self.budget)[name] for name in names}
+            found = {name: in_slices({name: programs[name]}, self.budget, fewest=FEWEST)[name] for name in programs}
         else:
-            found = in_slices(programs, budget, fewest=FEWEST)
+            found = in_slices(programs, self.budget * len(programs), fewest=FEWEST)
         rows = [
             {
                 **self.kind(config),
@@ -630,7 +630,7 @@ def contested(course: Course | str, ours: Course | str) -> dict[str, Any]:
     if isinstance(ours, str):
         return row
     both = [course, ours]
-    apart = len({each.slices[0] for each in both}) > 1 and len(course.slices) == 1  # one by one, on a GPU
+    apart = course.marks[0].at > ours.marks[-1].at  # one by one, on a GPU
     moments = [rounds([each] if apart else both, SLICED_ROUNDS) for each in both]
     rates = [each.rates(at) for each, at in zip(both, moments, strict=True)]
     ratios = [theirs / mine for theirs, mine in zip(*rates, strict=False)]
@@ -932,8 +932,7 @@ def in_child(work: Callable[..., dict[str, Any]], *arguments: Any) -> tuple[str,
 
 def _answer(link: Connection, work: Callable[..., dict[str, Any]], arguments: tuple[Any, ...]) -> None:
     die_with_parent()
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")
+    die_first()
     try:
         link.send(("ok", work(*arguments)))
     except Exception as error:

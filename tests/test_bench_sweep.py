@@ -153,6 +153,18 @@ def test_a_slowed_loader_limits_and_a_slowed_model_does(config: TrainConfig) -> 
     assert found["peak_host_mib"] > 0
 
 
+@thrice
+def test_in_turns_a_slowed_loader_limits_too(config: TrainConfig) -> None:
+    """As on a GPU and under a launcher, in one process."""
+    config = replace(config, batch_size=16)
+    with loader_of(0.3), model_of(0.02):
+        found = sweep.measure(config, 1.0)
+    assert set(found) == set(FOUND)
+    assert found["loader_images_per_s"] < 16 / 0.3
+    assert found["ratio"] < 0.5
+    assert found["data_wait_percent"] > 50
+
+
 def test_three_programs_of_which_one_fails_leave_its_reason(config: TrainConfig) -> None:
     found = sweep.measure_in_slices(replace(config, depth=17), 1.0)
     assert found[0].startswith("failed: ValueError: depth 17 is not a ResNet")
@@ -243,6 +255,8 @@ def test_what_ended_early_has_no_numbers_and_a_ratio_to_nothing_is_none() -> Non
     assert (alone["ratio_to_ours"], alone["status"], alone["cpu_ms_per_image"]) == ("", "ok", "20")
     later = Course([(10.0, 18.0)], [mark._replace(at=10 + 2 * mark.at) for mark in marks])  # one by one, half as fast
     assert sweep.contested(later, ours)["ratio_to_ours"] == "0.5"
+    halves = Course([(10.0, 14.5), (14.5, 18.0)], later.marks)  # nor does it matter that it was stopped once
+    assert sweep.contested(halves, ours)["ratio_to_ours"] == "0.5"
 
 
 def test_a_profile_that_fails_is_told(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
