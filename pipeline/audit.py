@@ -2,20 +2,37 @@
 
 `read_dataset` asks only whether the files are those of the manifest; `verify` reads them. `quarantine` writes indexes
 that pass over samples, beside the first ones, and then replaces the manifest in one step; tars and first indexes stay.
+Nothing is written beside tars that lie elsewhere than the manifest.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from io import BufferedIOBase
 from pathlib import Path
+from typing import BinaryIO, cast
 
+from pipeline import sources
 from pipeline.images import BadImageError, Rules, ppm_shape, prepare
-from pipeline.shards import Dataset, DatasetError, Shard, content_fault, index_text, manifest, read_dataset, write_text
+from pipeline.shards import (
+    BLOCK,
+    Dataset,
+    DatasetError,
+    IndexMember,
+    Shard,
+    content_fault,
+    index_text,
+    manifest,
+    members,
+    read_dataset,
+    split_name,
+    write_text,
+)
 from pipeline.store import fetch, is_remote, opened
 from pipeline.workers import in_order
 
@@ -31,14 +48,25 @@ class Fault:
     problem: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Member:
-    """A file in a tar, as the index gives it."""
+class _Tar:
+    """A tar that is being checked."""
 
-    key: str
-    extension: str
-    offset: int  # of its first byte, behind the header
-    size: int
+    def __init__(self, file: BufferedIOBase, name: str) -> None:
+        self.file, self.name = file, name
+        self.size = file.seek(0, os.SEEK_END)
+
+    def read(self, offset: int, size: int) -> bytes:
+        self.file.seek(offset)
+        return self.file.read(size)
+
+    @cached_property
+    def scanned(self) -> dict[int, tuple[str, int]]:
+        """{offset: (name, bytes)} of the members, up to the first damage: extended headers for long names are read."""
+        found = {}
+        with contextlib.suppress(sources.TarError):
+            for name, offset, size, _ in sources.members(cast(BinaryIO, self.file), self.name):
+                found[offset] = name, size
+        return found
 
 
 def verify(
@@ -46,8 +74,10 @@ def verify(
 ) -> list[Fault]:
     """Read a data set, from object storage too, from end to end and return every fault found.
 
-    Checked are sizes and hashes of tars and indexes, that each sample of an index lies in its tar, whole and under its
-    name, its label, and with `images`, or where a tar is not the one that was written, that every image decodes.
+    Checked are sizes and hashes of tars (no hash where they were indexed without being read) and indexes, that each
+    sample of an index lies in its tar, whole and under its key and extension, its label, and with `images`, or where a
+    tar is not the one that was written, that every image decodes. A name is taken from the header before the content;
+    where that one differs, as it does for names too long for it, from the extended headers too.
     progress is called as progress(samples done, samples in all) after each shard. A remote tar is in memory while a
     worker reads it, and never on the disk. Raises DatasetError if there is no manifest to go by.
     """
@@ -66,10 +96,13 @@ def verify(
 def quarantine(path: str | Path, keys: Iterable[str]) -> Dataset:
     """Leave samples out of a data set from now on; returns what it is now, which a running training will not resume on.
 
+    keys  KEY, a member's name KEY.EXTENSION, or either after the file of its shard, as in a/b.tar/KEY: needed where
+          tars were indexed in place and several have a sample of this key.
     All such keys stand in `Dataset.counts["quarantined"]`, and those whose label can be read no longer count in its
     `per_class`. The manifest as it was at first stays as dataset.json.original; put back in place of dataset.json, it
     undoes every quarantine. Whoever reads the tars without the indexes still meets the samples. Raises DatasetError for
-    unknown keys, if no sample would be left, or for object storage, which is only read; then nothing is written.
+    unknown or ambiguous keys, if no sample would be left, or for object storage, which is only read; then nothing is
+    written.
     """
     dataset = read_dataset(path)
     if is_remote(dataset.address):
@@ -83,15 +116,17 @@ def quarantine(path: str | Path, keys: Iterable[str]) -> Dataset:
         fcntl.flock(lock, fcntl.LOCK_EX)
         dataset = read_dataset(path)
         before = set(dataset.counts.get("quarantined", ()))
-        wanted = {key.partition(".")[0] for key in keys} - before  # a member's name will do: keys have no dot
-        found: set[str] = set()
+        wanted = _wanted(dataset, keys)
+        found: dict[str, str] = {}  # a wanted key, and the shard that has it
+        now: set[str] = set()  # what is left out, as the manifest calls it
         shards, indexes = [], dict[Path, str]()
         per_class = list(dataset.counts.get("per_class") or ())
         for shard in dataset.shards:
-            _, *lines = (root / shard.index).read_text(encoding="ascii").splitlines()
-            out = [line for line in lines if _key(line) in wanted]
+            _, *lines = Path(dataset.index(shard)).read_text(encoding="ascii").splitlines()
+            named = [(line, members(line)[0].key) for line in lines]
+            out = [(line, key) for line, key in named if key in wanted or f"{shard.file}/{key}" in wanted]
             if out:
-                kept = [line for line in lines if _key(line) not in wanted]
+                kept = [line for line, key in named if key not in wanted and f"{shard.file}/{key}" not in wanted]
                 index = index_text(kept)
                 shard = replace(
                     shard,
@@ -100,13 +135,21 @@ def quarantine(path: str | Path, keys: Iterable[str]) -> Dataset:
                     index_sha256=hashlib.sha256(index.encode()).hexdigest(),
                 )
                 indexes[root / shard.index] = index
-                for label in _labels(root / shard.file, out):
+                for label in _labels(dataset.tar(shard), [line for line, _ in out]):
                     if label < len(per_class):
                         per_class[label] -= 1
-            found |= {_key(line) for line in out}
+            for _, key in out:
+                if key in wanted and found.setdefault(key, shard.file) != shard.file:
+                    raise DatasetError(
+                        f"{key!r} is a sample of {found[key]} and of {shard.file}: name the shard too, as in "
+                        f"'{found[key]}/{key}'"
+                    )
+                found[f"{shard.file}/{key}"] = shard.file
+                now.add(f"{shard.file}/{key}" if dataset.tars_at else key)
             if shard.samples:
                 shards.append(shard)
-        if unknown := sorted(wanted - found):
+        done = before | {name.partition(".tar/")[2] for name in before}
+        if unknown := sorted(wanted - found.keys() - done):
             raise DatasetError(f"{path} has no sample {', '.join(unknown[:5])} ({len(unknown)} unknown keys)")
         if not shards:
             raise DatasetError(f"no sample of {path} would be left")
@@ -115,7 +158,7 @@ def quarantine(path: str | Path, keys: Iterable[str]) -> Dataset:
         if not (root / ORIGINAL).exists():
             write_text(root / ORIGINAL, (root / "dataset.json").read_text(encoding="ascii"))
         samples = sum(shard.samples for shard in shards)
-        counts = {**dataset.counts, "per_class": per_class or None, "quarantined": sorted(before | found)}
+        counts = {**dataset.counts, "per_class": per_class or None, "quarantined": sorted(before | now)}
         write_text(
             root / "dataset.json", manifest(replace(dataset, samples=samples, counts=counts, shards=tuple(shards)))
         )
@@ -124,85 +167,78 @@ def quarantine(path: str | Path, keys: Iterable[str]) -> Dataset:
     return read_dataset(path)
 
 
-def _key(line: str) -> str:
-    """The key in a line of an index, whose fourth word is KEY.EXTENSION."""
-    return line.split(" ", 4)[3].partition(".")[0]
+def _wanted(dataset: Dataset, names: Iterable[str]) -> set[str]:
+    """KEY or FILE/KEY of what is named; KEY alone for tars of our own, where it occurs once and has no slash."""
+    parts = ((name, split_name(name)) for name in names)
+    keys = {found[0] if found else name for name, found in parts}
+    return keys if dataset.tars_at else {key.rpartition("/")[2] for key in keys}
 
 
-def _labels(tar: Path, lines: Iterable[str]) -> Iterator[int]:
+def _labels(tar: str, lines: Iterable[str]) -> Iterator[int]:
     """The labels of these samples of an index, as far as they are numbers."""
     with open(tar, "rb") as file:
-        for member in (member for line in lines for member in _members(line) if member.extension == "cls"):
+        for member in (member for line in lines for member in members(line) if member.extension == "cls"):
             file.seek(member.offset)
-            if (label := file.read(min(member.size, 10))).isdigit():
+            if (label := file.read(min(member.size, sources.MAX_LABEL)).strip()).isdigit():
                 yield int(label)
 
 
 def _faults(dataset: Dataset, images: bool, shard: Shard) -> list[Fault]:
     faults: list[Fault] = []
     try:
-        with opened(f"{dataset.address}/{shard.file}") as tar:
-            (index,) = fetch([f"{dataset.address}/{shard.index}"])
-            size = tar.seek(0, os.SEEK_END)
-            fault = content_fault(dataset.address, shard, size, index)
-            tar.seek(0)
-            if not fault and hashlib.file_digest(tar, "sha256").hexdigest() != shard.sha256:
+        with opened(dataset.tar(shard)) as file:
+            (index,) = fetch([dataset.index(shard)])
+            tar = _Tar(file, shard.file)
+            fault = content_fault(dataset.tar(shard), dataset.index(shard), shard, tar.size, index)
+            file.seek(0)
+            if not fault and shard.sha256 and hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
                 fault = "its sha256 is not that of the tar that was written: bytes have changed, copy it again"
             if fault:
                 faults.append(Fault(shard.file, None, fault))
             lines = index.decode("ascii", "replace").splitlines()[1:]
             for number, line in enumerate(lines, 2):
                 try:
-                    members = list(_members(line))
+                    sample = members(line)
                 except ValueError:
                     faults.append(
                         Fault(shard.file, None, f"line {number} of {shard.index} is malformed: {line[:80]!r}")
                     )
                     continue
-                problems = _problems(dataset, tar, size, members, images or bool(fault))
-                faults += (Fault(shard.file, members[0].key, problem) for problem in problems)
+                problems = _problems(dataset, tar, sample, images or bool(fault))
+                faults += (Fault(shard.file, sample[0].key, problem) for problem in problems)
     except OSError as error:
         faults.append(Fault(shard.file, None, f"{error.filename or 'it'} cannot be read ({error.strerror})"))
     return faults
 
 
-def _members(line: str) -> Iterator[_Member]:
-    """The parts of a sample in a line of an index: EXTENSION OFFSET SIZE NAME, again and again. Raises ValueError."""
-    words = line.split(" ")
-    if len(words) % 4:
-        raise ValueError(line)
-    for extension, offset, size, name in zip(words[::4], words[1::4], words[2::4], words[3::4], strict=True):
-        key, _, rest = name.partition(".")
-        if rest != extension or int(offset) < tarfile.BLOCKSIZE or int(size) < 0:
-            raise ValueError(line)
-        yield _Member(key, extension, int(offset), int(size))
-
-
-def _problems(dataset: Dataset, tar: BufferedIOBase, end: int, members: list[_Member], images: bool) -> Iterator[str]:
-    """All that is wrong with a sample of a tar that ends at byte `end`."""
+def _problems(dataset: Dataset, tar: _Tar, sample: list[IndexMember], images: bool) -> Iterator[str]:
+    """All that is wrong with a sample of a tar."""
     expected = sorted(["cls"] if dataset.labelled else [])
-    found = sorted(member.extension for member in members)
+    found = sorted(member.extension for member in sample)
     if [each for each in found if each not in dataset.extensions] != expected or len(found) != len(expected) + 1:
         images_of = " or ".join(dataset.extensions)
         yield f"it has {' and '.join(found)}, expected {images_of}{' and cls' if dataset.labelled else ''}"
-    for member in members:
+    for member in sample:
         name = f"{member.key}.{member.extension}"
-        if member.offset + member.size > end:
-            yield f"{name} is cut off: the tar ends at byte {end}, {name} at {member.offset + member.size}"
+        if member.offset + member.size > tar.size:
+            yield f"{name} is cut off: the tar ends at byte {tar.size}, {name} at {member.offset + member.size}"
             continue
-        tar.seek(member.offset - tarfile.BLOCKSIZE)
         try:
-            header = tarfile.TarInfo.frombuf(tar.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
+            header = tarfile.TarInfo.frombuf(tar.read(member.offset - BLOCK, BLOCK), "utf-8", "surrogateescape")
         except tarfile.HeaderError as error:
             yield f"the index puts {name} at byte {member.offset}, where there is none: {error}"
             continue
-        if (header.name, header.size) != (name, member.size):
-            yield f"the index has {name} of {member.size} bytes where the tar has {header.name} of {header.size}"
+        there, size = header.name, header.size
+        if (split_name(there), size) != ((member.key, member.extension), member.size):
+            there, size = tar.scanned.get(member.offset, (there, size))
+        if (split_name(there), size) != ((member.key, member.extension), member.size):
+            yield f"the index has {name} of {member.size} bytes where the tar has {there} of {size}"
             continue
-        content = tar.read(member.size)
+        content = tar.read(member.offset, member.size)
         if member.extension == "cls":
             num = len(dataset.classes or ())
-            if not (content.isdigit() and len(content) < 10 and int(content) < num):
+            digits = content.strip()
+            if not (digits.isdigit() and len(digits) < 10 and int(digits) < num):
                 yield f"its label is {content[:20]!r}, expected a number from 0 to {num - 1}"
         elif dataset.raw and ppm_shape(content) != dataset.raw:
             yield f"{name} is no PPM of {dataset.raw[1]}x{dataset.raw[0]} pixels"

@@ -4,7 +4,8 @@ A data set is a folder. NAME-000000.tar ... hold KEY.cls (label, ASCII) and KEY.
 bytes wherever pipeline/images.py can keep them); beside each lies NAME-000000.tar.idx in DALI's v1.2 format.
 `dataset.json` is the manifest, `actions.jsonl` names each image left out or converted and why, `_info.json` (timm) and
 `sizes.json` (open_clip) let others read the shards. pipeline/write.py makes it, pipeline/audit.py looks for damage and
-leaves samples out later.
+leaves samples out later. The tars of other people may lie elsewhere: then the folder holds the manifest and the indexes
+alone, which pipeline/index.py makes.
 """
 
 import errno
@@ -12,16 +13,21 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import quote, unquote
 
 from pipeline.images import BadImageError
 from pipeline.store import address, fetch, is_remote
 
-FORMAT, VERSION = "swiftclr-shards", 2  # version 1 had no raw shape and no quarantine; it is read too
+# Older versions are read too: 1 had no raw shape and no quarantine, 1 and 2 had their tars beside the manifest.
+FORMAT, VERSION = "swiftclr-shards", 3
 NAME = re.compile(r"[A-Za-z0-9_-]+")
+BLOCK = 512  # bytes: a tar consists of such; the header of a member is the one before its content
+SAFE = "".join(chr(code) for code in range(0x21, 0x7F) if chr(code) not in "%;")  # spelled as it is in an index
+MEMBER_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's own rule (tariterators.base_plus_ext)
 # Of a file that no second attempt would read; any other error may pass, and costs no image.
 NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG}
 
@@ -71,16 +77,16 @@ class Sample:
 class Shard:
     """One tar of a data set, as the manifest records it."""
 
-    file: str
+    file: str  # path of the tar, relative to the folder of the tars
     samples: int  # in the index; the tar holds the quarantined ones too
     bytes: int
-    sha256: str
+    sha256: str  # of the tar; "": it was indexed where it lies, and not read
     index_sha256: str
     quarantined: int = 0  # samples that a later index leaves out
 
     @property
     def index(self) -> str:
-        """The file of its DALI index; each quarantine adds one, and the first one stays."""
+        """The file of its DALI index, below the manifest; each quarantine adds one, and the first one stays."""
         return f"{self.file}.idx" if not self.quarantined else f"{self.file}.without-{self.quarantined}.idx"
 
 
@@ -98,11 +104,15 @@ class Dataset:
     counts: dict[str, Any]
     shards: tuple[Shard, ...]
     raw: tuple[int, int] | None = None  # (height, width) if every image is a PPM of this size: no decoder is needed
+    tars_at: str = ""  # folder of the tars, absolute or relative to that of the manifest; "": beside it
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over the samples, classes and hashes of the shards: the same wherever the folder lies."""
-        shards = [[shard.samples, shard.sha256, shard.index_sha256] for shard in self.shards]
+        """sha256 over the samples, classes and hashes of the shards: the same wherever the folders lie.
+
+        The size of a tar stands for its hash where it has none.
+        """
+        shards = [[shard.samples, shard.sha256 or shard.bytes, shard.index_sha256] for shard in self.shards]
         return hashlib.sha256(json.dumps([self.samples, self.classes, shards]).encode()).hexdigest()
 
     @property
@@ -115,12 +125,29 @@ class Dataset:
         return address(self.root)
 
     @property
+    def tars_address(self) -> str:
+        """The folder of the tars. Symbolic links are resolved, so that ".." leads where the file system leads."""
+        if not self.tars_at:
+            return self.address
+        joined = os.path.join(self.address, self.tars_at)
+        return address(os.path.normpath(joined)) if is_remote(joined) else os.path.realpath(joined)
+
+    def tar(self, shard: Shard) -> str:
+        """Path or address of a tar."""
+        return f"{self.tars_address}/{shard.file}"
+
+    def index(self, shard: Shard) -> str:
+        """Path or address of the index that goes with a tar now."""
+        return f"{self.address}/{shard.index}"
+
+    @property
     def tars(self) -> list[str]:
-        return [f"{self.address}/{shard.file}" for shard in self.shards]
+        folder = self.tars_address
+        return [f"{folder}/{shard.file}" for shard in self.shards]
 
     @property
     def indexes(self) -> list[str]:
-        return [f"{self.address}/{shard.index}" for shard in self.shards]
+        return [self.index(shard) for shard in self.shards]
 
 
 def manifest(dataset: Dataset) -> str:
@@ -153,7 +180,7 @@ def read_dataset(path: str | Path, *, check: bool = True) -> Dataset:
     try:
         manifest = json.loads(fetch([file])[0])
         kind = (manifest.pop("format"), manifest.pop("version"))
-        if kind not in ((FORMAT, 1), (FORMAT, VERSION)):
+        if kind not in ((FORMAT, 1), (FORMAT, 2), (FORMAT, VERSION)):
             raise DatasetError(f"{file} is {kind}, this program reads {(FORMAT, VERSION)}. {remake}")
         fingerprint, shards = manifest.pop("fingerprint"), tuple(Shard(**shard) for shard in manifest.pop("shards"))
         for field in ("classes", "extensions"):
@@ -161,7 +188,7 @@ def read_dataset(path: str | Path, *, check: bool = True) -> Dataset:
         manifest["raw"] = manifest.get("raw") and tuple(manifest["raw"])
         dataset = Dataset(root=root, shards=shards, **manifest)
         intact = dataset.fingerprint == fingerprint and dataset.samples == sum(shard.samples for shard in shards)
-        intact = intact and all(NAME.fullmatch(shard.file.removesuffix(".tar")) for shard in shards)
+        intact = intact and "\0" not in dataset.tars_at and all(_lies_inside(dataset, shard.file) for shard in shards)
         intact = intact and all(isinstance(shard.quarantined, int) for shard in shards)  # it is part of a file name
     except (FileNotFoundError, NotADirectoryError) as error:
         inside = sorted(str(found.parent) for found in root.glob("*/dataset.json"))
@@ -183,36 +210,108 @@ def read_dataset(path: str | Path, *, check: bool = True) -> Dataset:
         except OSError as error:
             raise DatasetError(f"cannot read the indexes of {dataset.address}: {error.strerror}") from error
         found = [
-            content_fault(dataset.address, shard, None, index) for shard, index in zip(shards, contents, strict=True)
+            content_fault(tar, address, shard, None, content)
+            for tar, address, shard, content in zip(dataset.tars, dataset.indexes, shards, contents, strict=True)
         ]
     elif check:
-        found = [shard_fault(root, shard) for shard in shards]
+        found = list(map(shard_fault, dataset.tars, dataset.indexes, shards))
     faults = [fault for fault in found if fault]
     if faults:
+        if dataset.tars_at:
+            remake = f"Restore {dataset.tars_address}, or index it anew (python tools/make_shards.py index TARS OUT)"
         others = f" ({len(faults) - 1} other shards have faults too)" if len(faults) > 1 else ""
         raise DatasetError(f"{faults[0]}{others}. {remake}")
     return dataset
 
 
+def _lies_inside(dataset: Dataset, file: str) -> bool:
+    """Whether a shard's file is NAME.tar, or where tars lie elsewhere, a path that stays inside their folder."""
+    if not dataset.tars_at:
+        return bool(NAME.fullmatch(file.removesuffix(".tar")))
+    return "\0" not in file and not {"", ".", ".."} & set(file.split("/"))
+
+
+# ---- indexes
+
+
+class IndexMember(NamedTuple):
+    """A file in a tar, as an index gives it."""
+
+    key: str  # of its sample, as `split_name` gives it
+    extension: str  # lower-cased, spelled as in the index: what is not in SAFE is percent-encoded
+    offset: int  # bytes from the start of the tar to its content
+    size: int  # bytes
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """(key, extension) of a member, as webdataset splits its name: the key ends at the first dot of the file name.
+
+    Folders belong to the key; the extension is lower-cased and spelled as in an index. None: webdataset skips the file,
+    since its name has no dot, or begins with one.
+    """
+    found = MEMBER_NAME.match(name)
+    return (found[1], _spelled(found[2].lower())) if found else None
+
+
+def _spelled(text: str) -> str:
+    """Text as one word of an index. Its words are parted by spaces, and those of an extension by ";" in DALI."""
+    return quote(text, safe=SAFE, errors="surrogateescape")
+
+
+def index_line(members: Iterable[tuple[str, int, int]]) -> str:
+    """A sample's line of an index: EXTENSION OFFSET SIZE NAME for (name, offset, size) of each member of it.
+
+    Ordinary names stand as they are; spaces, control characters, "%", ";" and all but ASCII are percent-encoded.
+    """
+    words: list[str] = []
+    for name, offset, size in members:
+        parts = split_name(name)
+        assert parts, f"{name!r} has no extension"
+        words += (parts[1], str(offset), str(size), _spelled(name))
+    return " ".join(words)
+
+
+def members(line: str) -> list[IndexMember]:
+    """The members of a sample, from its line of an index, as `index_line` wrote it. Raises ValueError if malformed."""
+    words = line.split(" ")
+    if len(words) % 4:
+        raise ValueError(
+            f"expected EXTENSION OFFSET SIZE NAME again and again, found {len(words)} words: {line[:80]!r}"
+        )
+    found = []
+    for extension, offset, size, name in zip(words[::4], words[1::4], words[2::4], words[3::4], strict=True):
+        parts = split_name(unquote(name, errors="surrogateescape"))
+        if not parts or parts[1] != extension or int(offset) < BLOCK or int(size) < 0:
+            raise ValueError(f"expected EXTENSION OFFSET SIZE NAME, found {extension} {offset} {size} {name[:80]!r}")
+        found.append(IndexMember(parts[0], extension, int(offset), int(size)))
+    return found
+
+
 def index_text(lines: Sequence[str]) -> str:
-    """DALI's index of a tar: a line for each sample, EXTENSION OFFSET SIZE NAME of every member of it."""
+    """DALI's index of a tar: a line for each sample, as `index_line` makes it."""
     return "\n".join([f"v1.2 {len(lines)}", *lines, ""])
 
 
-def shard_fault(root: Path, shard: Shard) -> str | None:
-    """What is wrong with this tar on disk or its index, or None."""
+# ---- what is wrong with a shard
+
+
+def shard_fault(tar: str, index: str, shard: Shard) -> str | None:
+    """What is wrong with the tar and the index that lie at these paths, or None."""
     try:
-        size, index = (root / shard.file).stat().st_size, (root / shard.index).read_bytes()
+        size, content = os.stat(tar).st_size, Path(index).read_bytes()
     except OSError as error:
         return f"{error.filename} cannot be read ({error.strerror}), expected a shard of {shard.samples} samples"
-    return content_fault(str(root), shard, size, index)
+    return content_fault(tar, index, shard, size, content)
 
 
-def content_fault(folder: str, shard: Shard, size: int | None, content: bytes) -> str | None:
-    """What is wrong with a tar of `size` bytes (None: not known) or with the content of its index, or None."""
-    tar, index = f"{folder}/{shard.file}", f"{folder}/{shard.index}"
+def content_fault(tar: str, index: str, shard: Shard, size: int | None, content: bytes) -> str | None:
+    """What is wrong with a tar of `size` bytes (None: not known) or with the content of its index, or None.
+
+    tar, index  how messages call them: their paths or addresses.
+    """
     if size is not None and size != shard.bytes:
-        return f"{tar} has {size} bytes, expected {shard.bytes}: truncated, or not the shard that was written"
+        was = "written" if shard.sha256 else "indexed"
+        return f"{tar} has {size} bytes, expected {shard.bytes}: truncated, or not the shard that was {was}"
     if hashlib.sha256(content).hexdigest() == shard.index_sha256:
         return None
     header, *lines = content.split(b"\n")

@@ -25,6 +25,7 @@ from pipeline.shards import DatasetError, Sample
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
 WNID = re.compile(r"n\d{8}")
 MAX_CLASSES = 100_000  # a larger label is taken for damage: each class has its name in the manifest
+MAX_LABEL = 32  # bytes of a .cls
 MAX_LIST = 2**30  # bytes of a text file
 MAX_DEVKIT = 2**26  # bytes of ImageNet's devkit, unpacked; the original has 4 million
 
@@ -330,7 +331,7 @@ def webdataset(source: Path, pattern: str = "*.tar", class_list: Path | None = N
                 for member in members(file, tar_name):
                     stem, suffix = os.path.splitext(member.name)
                     if suffix == ".cls":
-                        labels[stem] = _read_label(file, member)
+                        labels[stem] = read_label(file, member)
                     elif _is_image(member.name):
                         images[member.name] = member
             except TarError as error:
@@ -345,7 +346,7 @@ def webdataset(source: Path, pattern: str = "*.tar", class_list: Path | None = N
         raise DatasetError(f"{source} holds no image in {len(tars)} tars ({', '.join(sorted(IMAGE_SUFFIXES))}){first}")
     labelled = any(label is not None for *_, label in found)
     numbers = [label for *_, label in found if isinstance(label, int)]
-    classes = _class_names(root, class_list, numbers) if labelled else None
+    classes = class_names(root, class_list, numbers) if labelled else None
     samples = []
     for tar_name, (name, offset, size, fault), label in found:
         if not fault and classes is not None and (not isinstance(label, int) or label >= len(classes)):
@@ -357,19 +358,23 @@ def webdataset(source: Path, pattern: str = "*.tar", class_list: Path | None = N
     return Source(samples=samples + lost, classes=classes, root=root, name=_name(source), warning=warning)
 
 
-def _read_label(file: BinaryIO, member: Member) -> int | str:
+def read_label(file: BinaryIO, member: Member) -> int | str:
     """The label, or what the member holds or is instead of one."""
     if member.fault:
         return member.fault
     file.seek(member.offset)
-    content = file.read(min(member.size, 32))
+    content = file.read(min(member.size, MAX_LABEL))
     label = content.strip()
-    if member.size > 32 or not label.isdigit() or int(label) >= MAX_CLASSES:
+    if member.size > MAX_LABEL or not label.isdigit() or int(label) >= MAX_CLASSES:
         return repr(content)
     return int(label)
 
 
-def _class_names(root: Path, class_list: Path | None, labels: Collection[int]) -> list[str]:
+def class_names(root: Path, class_list: Path | None, labels: Collection[int]) -> list[str]:
+    """Class names, index = label: those of a text file, else of `dataset.json` in `root`, else the numbers themselves.
+
+    Raises DatasetError if a file gives none.
+    """
     manifest = root / "dataset.json"
     if class_list:
         return _read_lines(class_list)

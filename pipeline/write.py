@@ -25,12 +25,14 @@ from typing import Any, BinaryIO
 
 from pipeline.images import MAX_PIXELS, BadImageError, OnBad, Prepared, Rules, Store, ppm_shape, prepare
 from pipeline.shards import (
+    BLOCK,
     NAME,
     VERSION,
     Dataset,
     DatasetError,
     Sample,
     Shard,
+    index_line,
     index_text,
     manifest,
     read_dataset,
@@ -292,7 +294,7 @@ def _finished(folder: Path, job: dict[str, Any]) -> list[_Part]:
     for fields in finished:
         shard, raw = fields.pop("shard"), fields.pop("raw")
         part = _Part(shard=shard and Shard(**shard), raw=raw and tuple(raw), **fields)
-        if part.shard and shard_fault(folder, part.shard):
+        if part.shard and shard_fault(f"{folder}/{part.shard.file}", f"{folder}/{part.shard.index}", part.shard):
             break
         parts.append(part)
     known = {name for part in parts if part.shard for name in (part.shard.file, part.shard.index)}
@@ -388,15 +390,15 @@ def _write_shard(
 
 
 def _add(writer: Any, key: str, image: Prepared, label: int | None) -> str:
-    """Write one sample. Returns its line of the index: EXTENSION OFFSET SIZE NAME of each member."""
+    """Write one sample. Returns its line of the index."""
     members = {image.extension: image.data} if label is None else {"cls": b"%d" % label, image.extension: image.data}
-    line, offset = [], writer.tarstream.offset
+    places, offset = [], writer.tarstream.offset
     for extension, content in sorted(members.items()):  # as TarWriter does; members are header, data, padding
-        line.append(f"{extension} {offset + 512} {len(content)} {key}.{extension}")
-        offset += 512 + -(-len(content) // 512) * 512
+        places.append((f"{key}.{extension}", offset + BLOCK, len(content)))
+        offset += BLOCK + -(-len(content) // BLOCK) * BLOCK
     writer.write({"__key__": key, **members})
     assert writer.tarstream.offset == offset, f"{key} ends at {writer.tarstream.offset}, not {offset}"
-    return " ".join(line)
+    return index_line(places)
 
 
 def _check_options(

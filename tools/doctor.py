@@ -286,8 +286,8 @@ def shards(dataset: "Dataset") -> Finding:
     text = f"{dataset.samples} samples in {len(dataset.shards)} shards, {mib:,.0f} MiB"
     if is_remote(dataset.address):
         return ok(f"{text}; in object storage only the indexes are checked")
-    if closed := [shard.file for shard in dataset.shards if not os.access(dataset.root / shard.file, os.R_OK)]:
-        return fault(f"{len(closed)} tars may not be read, {closed[0]} first", f"chmod -R a+r {dataset.root}")
+    if closed := [shard.file for shard in dataset.shards if not os.access(dataset.tar(shard), os.R_OK)]:
+        return fault(f"{len(closed)} tars may not be read, {closed[0]} first", f"chmod -R a+r {dataset.tars_address}")
     part: list[Shard] = []
     samples = size = 0
     for shard in random.sample(dataset.shards, len(dataset.shards)):
@@ -298,9 +298,11 @@ def shards(dataset: "Dataset") -> Finding:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for shard in part:
-            for file in (shard.file, shard.index):
-                (folder / file).symlink_to((dataset.root / file).resolve())
-        smaller = replace(dataset, shards=tuple(part), samples=sum(shard.samples for shard in part))
+            for link, file in ((shard.file, dataset.tar(shard)), (shard.index, dataset.index(shard))):
+                (folder / link).parent.mkdir(parents=True, exist_ok=True)
+                (folder / link).symlink_to(Path(file).resolve())
+        samples = sum(shard.samples for shard in part)
+        smaller = replace(dataset, shards=tuple(part), samples=samples, tars_at=dataset.tars_at and str(folder))
         (folder / "dataset.json").write_text(manifest(smaller), encoding="ascii")
         faults = verify(folder)
     if faults:
@@ -375,7 +377,7 @@ def read_rate(dataset: "Dataset", *, forget: bool) -> float:
     """Bytes per second of reading tars for half a second; `forget` asks the page cache to drop each tar first."""
     num, seconds, start = 0, 0.0, time.monotonic()
     for shard in dataset.shards:
-        with open(dataset.root / shard.file, "rb", buffering=0) as tar:
+        with open(dataset.tar(shard), "rb", buffering=0) as tar:
             if forget:
                 os.posix_fadvise(tar.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             while seconds < 0.5 and (chunk := tar.read(8 * MIB)):
