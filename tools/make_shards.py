@@ -6,6 +6,7 @@
     python tools/make_shards.py imagenet-val ARCHIVE TRUTH OUT ILSVRC2012_img_val.tar and its devkit or a list of labels
     python tools/make_shards.py cifar10 ROOT OUT               or cifar100, stl10: the original archive in ROOT
     python tools/make_shards.py webdataset TARS OUT            WebDataset shards, shuffled, checked and indexed anew
+    python tools/make_shards.py index TARS... OUT              WebDataset shards indexed where they lie, not copied
     python tools/make_shards.py demo OUT                       the built-in demo data, OUT/train and OUT/test
     python tools/make_shards.py verify DIR                     shards read from end to end, every fault named; DIR may
                                                                be s3://BUCKET/PREFIX or gs://BUCKET/PREFIX
@@ -246,6 +247,53 @@ def webdataset(
 
 
 @app.command()
+def index(
+    tars: Annotated[list[Path], typer.Argument(metavar="TARS...", help="Tars, folders of tars, patterns in quotes.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the manifest and the indexes.")],
+    labels: Annotated[
+        bool, typer.Option(help="Labels are the whole numbers in KEY.cls; without, they are ignored.")
+    ] = True,
+    classes: ClassList = None,
+    image_member: Annotated[
+        str | None,
+        typer.Option(metavar="EXT", help="The image is KEY.EXT. (default: what DALI decodes; k.jpg before k.seg.png)"),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read everything: hash each tar, leave out what does not decode.")
+    ] = False,
+    workers: Workers = None,
+) -> None:
+    """Make a data set of WebDataset shards where they lie: only a manifest and indexes are written, into OUT.
+
+    Samples are those of the webdataset library: members that follow each other and have one KEY, which ends at the
+    first dot of the file name. What is left out and passed over is listed in OUT/actions.jsonl. The tars must stay
+    where they are, or move together with OUT where both lie in one folder; a tar of another size is refused.
+    """
+    from tools import one_message
+
+    with one_message("make_shards"):
+        from pipeline.index import index_tars
+
+        with _progress("index", "tars") as progress:
+            dataset = index_tars(
+                tars,
+                out,
+                labels=labels,
+                class_list=classes,
+                image_member=image_member,
+                verify=verify,
+                workers=workers or _cores(),
+                progress=progress,
+            )
+        _report(dataset)
+        passed_over = ", ".join(f"{kind}: {count}" for kind, count in dataset.counts["passed_over"].items())
+        typer.echo(f"images: {', '.join(f'{kind}: {count}' for kind, count in dataset.counts['kept'].items())}")
+        typer.echo(f"labels: {'none' if dataset.classes is None else f'of {len(dataset.classes)} classes'}")
+        if passed_over:
+            typer.echo(f"passed over other members ({passed_over})")
+
+
+@app.command()
 def demo(
     out: Out, shard_size: ShardSize = None, seed: Seed = 0, workers: Workers = None, verify: Verify = True
 ) -> None:
@@ -306,7 +354,9 @@ def verify(
 @app.command()
 def quarantine(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of shards.")],
-    keys: Annotated[list[str] | None, typer.Argument(metavar="KEY...", help="As verify prints them.")] = None,
+    keys: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY...", help="As verify prints them; or SHARD/KEY.")
+    ] = None,
     report: Annotated[Path | None, typer.Option("--from", help="A report of verify: all its keys.")] = None,
 ) -> None:
     """Leave samples out of shards from now on, without rewriting a tar.
@@ -324,7 +374,7 @@ def quarantine(
         if report:
             try:
                 faults = [json.loads(line) for line in report.read_text(encoding="ascii").splitlines()]
-                chosen += [fault["key"] for fault in faults if fault["key"]]
+                chosen += [f"{fault['shard']}/{fault['key']}" for fault in faults if fault["key"]]
             except (ValueError, KeyError, TypeError) as error:
                 raise DatasetError(f"{report} is not a report of verify: {type(error).__name__}: {error}") from error
         if not chosen:
@@ -343,7 +393,8 @@ def _report(dataset: "Dataset") -> None:
     typer.echo(f"{dataset.root}: {dataset.samples} samples in {len(dataset.shards)} shards, {mib:.1f} MiB")
     if left_out := dataset.counts["left_out"]:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in left_out.items())
-        typer.echo(f"left out {sum(left_out.values())} images ({reasons}), see {dataset.root / 'actions.jsonl'}")
+        what = "samples" if dataset.tars_at else "images"
+        typer.echo(f"left out {sum(left_out.values())} {what} ({reasons}), see {dataset.root / 'actions.jsonl'}")
     if reencoded := dataset.counts["reencoded"]:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in reencoded.items())
         typer.echo(f"wrote {sum(reencoded.values())} images anew ({reasons})")
@@ -354,7 +405,7 @@ def _report(dataset: "Dataset") -> None:
 
 
 @contextlib.contextmanager
-def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
+def _progress(title: str, unit: str = "images") -> Iterator[Callable[[int, int], None]]:
     """A bar on a terminal; elsewhere a plain line every ten seconds. Both on stderr."""
     if sys.stderr.isatty():
         from rich.console import Console
@@ -371,7 +422,10 @@ def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
             nonlocal last
             if (now := time.monotonic()) - last >= 10:
                 last = now
-                typer.echo(f"{title}: {done}/{total} images, {done / (now - start):.0f} images/s", err=True)
+                typer.echo(
+                    f"{title}: {done}/{total} {unit}, {done / (now - start):.{0 if unit == 'images' else 1}f} {unit}/s",
+                    err=True,
+                )
 
         yield line
 
