@@ -33,6 +33,7 @@ from pipeline.shards import (
 from pipeline.views import ViewConfig
 from tests.test_shards import dali_reader, picture
 from tests.test_sources import Entry, make_tar, special
+from tools import doctor
 from tools.make_shards import app
 
 Found = list[tuple[str, bytes | None, bytes]]  # key, label, image
@@ -347,7 +348,7 @@ def test_every_member_is_accounted_for(tmp_path: Path) -> None:
         "other.tar/empty.jpg": "empty",
         "other.tar/link.jpg": "a symbolic link",
         "other.tar/text": "no image",
-        "other.tar/bare.jpg": "no label",
+        "other.tar/bare": "no label",
         "other.tar/alone.png": "a hard link",
         "other.tar/moving": "no image",
         "other.tar/twice": "member twice",
@@ -484,6 +485,14 @@ def test_verify_names_a_damaged_sample_and_its_report_leaves_it_out(tmp_path: Pa
     left = command("quarantine", dataset.root, "--from", report)
     assert (left.exit_code, left.stdout) == (0, f"{dataset.root}: 5 samples in 2 shards, 1 in quarantine\n")
     assert verify(dataset.root, images=True) == []
+
+
+def test_doctor_finds_the_tars(tmp_path: Path) -> None:
+    dataset = two_of_a_name(tmp_path)
+    assert doctor.shards(dataset).state == "ok"
+    assert doctor.read_rate(dataset, forget=False) > 0
+    Path(dataset.tars[0]).write_bytes(bytes(dataset.shards[0].bytes))
+    assert doctor.shards(dataset).state == "fault"
 
 
 def test_verify_compares_names_with_the_extended_headers(tmp_path: Path) -> None:
