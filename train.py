@@ -7,8 +7,9 @@
 
 A recipe is one complete `TrainConfig`; options change it, a TOML file given with --config stands between the two.
 The run folder holds config.json, metrics.jsonl (one row a step, the same for equal runs), speed.jsonl (wall clock),
-status.json, views.png, checkpoints/ and encoder/ with encoder.safetensors. A run that is killed at any moment goes on
-from its newest checkpoint with --resume, bit for bit on the CPU with an equal number of threads.
+status.json, views.png, checkpoints/ and encoder/ with encoder.safetensors, and damaged.jsonl where samples were
+replaced. A run that is killed at any moment goes on from its newest checkpoint with --resume, on any number of
+processes with the same images and views; bit for bit on the CPU with equal numbers of processes and threads.
 """
 
 import ctypes
@@ -39,6 +40,7 @@ from tools import one_message
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
+    from pipeline.cache import Cache
     from torch import Tensor, nn
 
     from model.encoder import Encoder
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 
 KNN_BANK = 100_000  # samples that vote in the kNN of a running training; shards are shuffled, so the first ones serve
 EVAL_BATCH = 512
+WINDOW = 16  # shards that are mixed together where they have to be fetched; they are shuffled when written
 VIEW_TABLES = ("views", "second_views")  # fields of TrainConfig and tables of a file, changed by --view, --second-view
 
 
@@ -97,6 +100,18 @@ class TrainConfig:
 
     cpu_threads: Annotated[int, "torch's threads per process on CPUs; 0: its share of the cores."] = 0
     num_threads: Annotated[int, "DALI's threads per process; 0: its share of the cores."] = 0
+    window: Annotated[
+        int, "Shards whose samples are mixed together. 0: all of them; from object storage 16, fetched ahead."
+    ] = 0
+    lanes: Annotated[
+        int,
+        "Streams that share out the shards, so that a node fetches its own alone. 0: 1; in object storage one a node.",
+    ] = 0
+    cache: Annotated[str, "Folder for shards from object storage. (default: ~/.cache/swiftclr)"] = ""
+    cache_gib: Annotated[float, "Most that the cache may hold, in GiB."] = 100.0
+    skip_damaged: Annotated[
+        int, "Replace up to so many damaged samples by others, named in damaged.jsonl; 0: the first one ends the run."
+    ] = 0
     keep_graphs: Annotated[
         int, "Micro-batches encoded once and not twice, for their memory. 0: as many as fit a GPU, on a CPU one."
     ] = 0
@@ -116,7 +131,7 @@ class TrainConfig:
         for name in ("batch_size", "epochs", "log_every", "checkpoint_every", "keep", "projection_dim", "max_skipped"):
             if not getattr(self, name) >= 1:  # so that NaN fails too
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("temperature", "width"):
+        for name in ("temperature", "width", "cache_gib"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
         for name in (
@@ -130,6 +145,9 @@ class TrainConfig:
             "num_threads",
             "keep_graphs",
             "knn_every",
+            "window",
+            "lanes",
+            "skip_damaged",
         ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
@@ -137,10 +155,11 @@ class TrainConfig:
             raise ValueError(f"momentum: expected at least 0 and less than 1, got {self.momentum}")
 
 
-# What may change when a run resumes, because it does not touch what is computed.
+# What may change when a run resumes: it touches neither which images stand in a batch, nor their views, nor the recipe.
 FREE = frozenset(
     {"num_threads", "log_every", "checkpoint_every", "keep", "track", "data", "eval_data", "knn_every"}
-    | {"keep_graphs", "max_skipped", "online_probe"}
+    | {"keep_graphs", "max_skipped", "online_probe", "skip_damaged", "cache", "cache_gib"}
+    | {"micro_batch", "cpu_threads"}  # `changed_sums` says what that does
 )
 
 RECIPES: dict[str, TrainConfig] = {
@@ -285,9 +304,41 @@ class Setup(NamedTuple):
     compiled: bool
 
 
+def local_world_size() -> int:
+    """Processes that were launched on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def share_of_cores() -> int:
     """Of this process among those that were launched on this machine."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(1, len(os.sched_getaffinity(0)) // local_world_size())
+
+
+def shard_cache(config: TrainConfig) -> "Cache":
+    """Where shards from object storage are kept."""
+    from pipeline.cache import Cache, default_cache_folder
+
+    return Cache(Path(config.cache) if config.cache else default_cache_folder(), int(config.cache_gib * 2**30))
+
+
+def changed_sums(before: Mapping[str, Any], config: TrainConfig, world_size: int) -> list[str]:
+    """What makes the numbers of a resumed run differ from those of one that was not interrupted, though not its images.
+
+    before  the configuration in the checkpoint with its number of processes, or nothing.
+    """
+    notes = []
+    if before:
+        images, were = config.micro_batch, before["micro_batch"]
+        if config.sync_bn:
+            images, were = images * world_size, were * before["processes"]
+        if images != were:
+            notes.append(f"BatchNorm's statistics are of {images} images at a time, {were} before")
+        if (world_size, config.cpu_threads) != (before["processes"], before["cpu_threads"]):
+            notes.append(
+                f"sums of {world_size} process(es) with {config.cpu_threads} threads, {before['processes']} with "
+                f"{before['cpu_threads']} before: the last bits differ"
+            )
+    return notes
 
 
 def build_accelerator(config: TrainConfig) -> "Accelerator":
@@ -431,8 +482,9 @@ def _train(
     from model.monitor import OnlineProbe, contrast
     from model.nt_xent import resolve
     from model.schedule import learning_rate, warmup_steps
-    from pipeline.loader import build_loader
+    from pipeline.loader import Loader, LoaderError
     from pipeline.shards import read_dataset
+    from pipeline.store import is_remote
 
     out, main, cuda = log.out, accelerator.is_main_process, torch.cuda.is_available()
     world_size, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
@@ -462,19 +514,29 @@ def _train(
     if not cuda:  # the launcher sets OMP_NUM_THREADS=1; sums depend on the number, so a resumed run must have the same
         config = replace(config, cpu_threads=config.cpu_threads or cores)
         torch.set_num_threads(config.cpu_threads)
+    before: dict[str, Any] = {"processes": saved.get("processes"), **saved["config"]} if saved else {}
     if saved:
-        # Left open, the micro-batch stays what it was, however much memory there is now.
-        config = replace(config, micro_batch=config.micro_batch or saved["config"].get("micro_batch", 0))
-        changed = checkpoint.differences(saved["config"], asdict(config), FREE)
-        if len(saved["loaders"]) != world_size:
-            changed.append(f"processes: {len(saved['loaders'])} in the checkpoint, {world_size} now")
-        if changed:
+        if "loader" not in saved:
             raise RunError(
-                f"{newest} cannot go on with other settings ({'; '.join(changed)}): give the old, or a new --out"
+                f"{newest} is of a version whose batches depended on the number of processes: finish the run with that "
+                "version, or start anew with a new --out"
             )
+        # Left open, the micro-batch stays what it was, however much memory there is now.
+        fits = config.batch_size // world_size % before["micro_batch"] == 0
+        config = replace(config, micro_batch=config.micro_batch or (before["micro_batch"] if fits else 0))
+    remote, num_shards = is_remote(dataset.address), len(dataset.shards)
+    config = replace(
+        config,
+        window=config.window or before.get("window") or min(WINDOW if remote else num_shards, num_shards),
+        lanes=config.lanes or before.get("lanes") or (max(1, world_size // local_world_size()) if remote else 1),
+    )
+    if changed := checkpoint.differences(before, asdict(config), FREE) if saved else []:
+        raise RunError(
+            f"{newest} cannot go on with other settings ({'; '.join(changed)}): give the old, or a new --out"
+        )
 
     loader_of = functools.partial(
-        build_loader,
+        Loader,
         dataset,
         config.views,
         config.batch_size,
@@ -483,7 +545,11 @@ def _train(
         world_size=world_size,
         seed=config.seed,
         num_threads=num_threads,
+        window=config.window,
+        lanes=config.lanes,
         second_views=config.second_views,
+        skip_damaged=config.skip_damaged,
+        cache=shard_cache(config) if remote else None,
     )
     loader_of(micro_batch=config.micro_batch)  # a batch that does not divide is refused before a GPU is asked what fits
 
@@ -507,7 +573,7 @@ def _train(
     step = 0
     in_a_row = 0  # skipped steps up to here
     if newest and saved:
-        loader.load_state_dict(saved["loaders"][rank])
+        loader.load_state_dict(saved["loader"])
         step, _ = checkpoint.load(newest, model=network, optimizer=optimizer, probe=linear)
         in_a_row = saved.get("skipped_in_a_row", 0)
     if config.track:
@@ -530,6 +596,7 @@ def _train(
         + (", from nothing: the checkpoint has none" if anew else "")
         + "\n"
         f"  settings   {settings(config, origin)}"
+        + "".join(f"\n  note       {note}" for note in changed_sums(before, config, world_size))
     )
     pending: list[tuple[int, Outcome, float]] = []
     last_z = torch.empty(0)
@@ -566,6 +633,7 @@ def _train(
         pending.clear()
         rows[-1] |= monitored
         log.metrics(rows)
+        share_damaged()
         if broken := [row["step"] for row in rows if row.get("skipped", 0) >= config.max_skipped]:
             ranks = table[..., 2].any(1).nonzero().flatten().tolist()
             where = f"rank {', '.join(map(str, ranks))}" if ranks else "no rank, so the loss or its gradient overflowed"
@@ -579,6 +647,7 @@ def _train(
         eta = timedelta(seconds=round((total_steps - step) * config.batch_size / speed["images_per_s"]))
         accelerator.print(
             f"step {step}/{total_steps} {100 * step // total_steps}% | loss {loss:.3f} | "
+            + (f"damaged {len(log.told)} | " if log.told else "")
             + (f"skipped {skips} | " if (skips := sum("skipped" in row for row in rows)) else "")
             + (f"probe {100 * hits:.1f}% | " if (hits := monitored.get("probe_accuracy")) is not None else "")
             + f"img/s {speed['images_per_s']:.0f} | data_wait {speed['data_wait_percent']:.1f}% | "
@@ -586,6 +655,21 @@ def _train(
         )
         if config.track:
             accelerator.log({"loss": loss, "lr": rows[-1]["lr"], **monitored, **speed}, step=step)
+
+    def share_damaged() -> None:
+        """Tell all processes which samples were replaced, and name new ones in damaged.jsonl."""
+        if not config.skip_damaged:
+            return
+        for damaged in gather_object([loader.damaged]):
+            loader.learn(damaged)
+        everyones = loader.damaged
+        log.damaged([(*loader.reader.where(sample), problem) for sample, problem in sorted(everyones.items())])
+        if len(everyones) > config.skip_damaged:
+            raise LoaderError(
+                f"{len(everyones)} samples of {dataset.address} are damaged, more than --skip-damaged "
+                f"{config.skip_damaged}. {out / 'damaged.jsonl'} names them; `python tools/make_shards.py quarantine "
+                f"{dataset.address} --from {out / 'damaged.jsonl'}` leaves them out"
+            )
 
     def evaluate() -> None:
         assert queries is not None
@@ -596,9 +680,14 @@ def _train(
             accelerator.log({"knn": accuracy}, step=step)
 
     def save() -> None:
-        loaders = gather_object([loader.state_dict()])
         if main:
-            extra = {"config": asdict(config), "recipe": recipe, "loaders": loaders, "skipped_in_a_row": in_a_row}
+            extra = {
+                "config": asdict(config),
+                "processes": world_size,
+                "recipe": recipe,
+                "loader": loader.state_dict(),
+                "skipped_in_a_row": in_a_row,
+            }
             folder = out / "checkpoints"
             try:
                 checkpoint.save(
@@ -750,6 +839,7 @@ class Log:
 
     def __init__(self, out: Path, rank: int) -> None:
         self.out, self.rank, self.main = out, rank, rank == 0
+        self.told: dict[str, Any] = {}  # damaged samples that have been named, by their keys
         self.started, self.step = False, 0  # steps done
         if self.main and self._state() not in (None, "done"):
             self._status("running", "setting up")  # no longer how it ended last time
@@ -775,6 +865,17 @@ class Log:
     def speed(self, row: dict[str, Any]) -> None:
         self._append("speed.jsonl", [row])
 
+    def damaged(self, samples: Sequence[tuple[str, str, str]]) -> None:
+        """damaged.jsonl: the samples that were replaced, as (shard, key, problem), each once; for quarantine --from."""
+        file = self.out / "damaged.jsonl"
+        if self.main and not self.told and file.exists():
+            self.told = {row["key"]: row for row in map(json.loads, file.read_text().splitlines())}
+        rows = [{"shard": shard, "key": key, "problem": problem} for shard, key, problem in samples]
+        new = {row["key"]: row for row in rows if row["key"] not in self.told}
+        if new:
+            self._append(file.name, list(new.values()))
+            self.told |= new
+
     def status(self, state: Literal["running", "preempted", "failed", "done"], message: str = "") -> None:
         """status.json, for whatever watches the run: exit codes do not survive the launcher.
 
@@ -790,6 +891,8 @@ class Log:
 
     def _status(self, state: str, message: str) -> None:
         row = {"state": state, "step": self.step, "rank": self.rank, "message": message}
+        if self.told:
+            row["damaged"] = len(self.told)
         self._replace("status.json", json.dumps(row))
 
     @contextmanager

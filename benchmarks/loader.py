@@ -51,7 +51,9 @@ from benchmarks.measure import (
     peak_host_mib,
     timing,
 )
-from pipeline.loader import SHUFFLE, build_loader
+from pipeline.loader import Loader
+from pipeline.order import Order
+from pipeline.reader import Encoded, Reader, ahead
 from pipeline.shards import Dataset, read_dataset
 from pipeline.views import ViewConfig, make_views, parse_changes
 
@@ -77,6 +79,7 @@ class Task:
         return 0 if self.device == "cuda" else None
 
 
+SHUFFLE = 2048  # samples in the shuffle buffer of loaders that have one
 Batches = Iterator[tuple[int, Sequence[Tensor]]]  # source images, and their two views (n, 3, S, S) where it makes any
 
 
@@ -105,7 +108,7 @@ def main(
         dataset, config = read_dataset(shards), make_views(preset, {"size": size, **parse_changes(view or ())})
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    check_input(dataset, batch_size, images)
+    check_input(dataset, images)
     counts = sorted(threads or ([4, 8, 16] if cuda else [1, 2, 4]))
     if not cuda and counts[-1] > len(os.sched_getaffinity(0)):
         raise typer.BadParameter(f"{counts[-1]} threads, but {len(os.sched_getaffinity(0))} cores to pin them to")
@@ -147,14 +150,8 @@ def main(
     plot(rows, out / f"loader-{device}-{size}.png")
 
 
-def check_input(dataset: Dataset, batch_size: int, images: Path | None) -> None:
+def check_input(dataset: Dataset, images: Path | None) -> None:
     """Raises typer.BadParameter where a comparison would not be one."""
-    if dataset.samples % batch_size and dataset.samples < 100 * batch_size:
-        fits = next(n for n in range(min(batch_size, dataset.samples), 0, -1) if dataset.samples % n == 0)
-        raise typer.BadParameter(
-            f"{dataset.samples} samples are no multiple of {batch_size}: the end of every epoch would be decoded and "
-            f"dropped, more than 1 % of the work; --batch-size {fits} fits"
-        )
     found = sum(path.is_file() for path in images.glob("*/*")) if images else dataset.samples
     if found != dataset.samples:
         raise typer.BadParameter(
@@ -169,7 +166,7 @@ def check_input(dataset: Dataset, batch_size: int, images: Path | None) -> None:
 def ours(task: Task, **changes: Any) -> Batches:
     """The pipeline as train.py gets it, with some of its operators off."""
     options: dict[str, Any] = {} if task.hw_decoder_load is None else {"hw_decoder_load": task.hw_decoder_load}
-    loader = build_loader(
+    loader = Loader(
         read_dataset(task.shards),
         replace(task.views, **changes),
         task.batch_size,
@@ -181,25 +178,41 @@ def ours(task: Task, **changes: Any) -> Batches:
         yield len(batch.views) // 2, batch.views.chunk(2)
 
 
-def read(task: Task, *, decode: bool = False) -> Batches:
-    """The pipeline's reader and shuffle buffer, alone or with a decoder."""
+def encoded(task: Task) -> Iterator[Encoded]:
+    """The bytes of every batch, in the order of training."""
+    dataset = read_dataset(task.shards)
+    order = Order([shard.samples for shard in dataset.shards], task.batch_size, seed=0)
+    reader = Reader(dataset)
+
+    def batch(epoch: int, step: int) -> Encoded:
+        positions = np.arange(task.batch_size) + step * task.batch_size
+        return reader.read(order.samples_at(epoch, positions))
+
+    batches = ((epoch, step) for epoch in itertools.count() for step in range(order.steps_per_epoch))
+    return ahead((partial(batch, *at) for at in batches), 2)
+
+
+def read(task: Task) -> Batches:
+    """The pipeline's reader alone."""
+    for batch in encoded(task):
+        yield len(batch.samples), ()
+
+
+def decode(task: Task) -> Batches:
+    """The pipeline's reader and the decoder."""
     from nvidia.dali import fn, pipeline_def, types
 
-    from pipeline import graph, loader
-
-    dataset = read_dataset(task.shards)
-    device = "cpu" if task.device == "cpu" else "mixed"
+    batches, device = encoded(task), "cpu" if task.device == "cpu" else "mixed"
 
     @pipeline_def(batch_size=task.batch_size, num_threads=task.threads, device_id=task.device_id)
     def build() -> Any:
-        encoded, _ = graph._read(loader._reader(dataset, 0, 1, SHUFFLE, 0))
-        return fn.decoders.image(encoded, device=device, output_type=types.RGB) if decode else encoded
+        images = fn.external_source(lambda: next(batches).images, batch=True)
+        return fn.decoders.image(images, device=device, output_type=types.RGB)
 
     pipe = build()
-    full, rest = divmod(dataset.samples, task.batch_size)
-    for n in itertools.cycle([task.batch_size] * full + [rest] * (rest > 0)):  # the reader fills up the last batch
+    while True:
         pipe.run()
-        yield n, ()
+        yield task.batch_size, ()
 
 
 def hand_over(task: Task) -> Batches:
@@ -230,7 +243,7 @@ def hand_over(task: Task) -> Batches:
 
 STAGES: dict[str, Callable[[Task], Batches]] = {
     "read": read,
-    "decode": partial(read, decode=True),
+    "decode": decode,
     "crop": partial(ours, jitter_p=0.0, grayscale_p=0.0, blur_p=0.0),
     "colour": partial(ours, blur_p=0.0),
     "blur": ours,

@@ -70,7 +70,7 @@ from benchmarks.measure import (
 from benchmarks.slices import Course, Done, in_slices, rounds
 from model.nt_xent import nt_xent
 from pipeline.demo import write_demo
-from pipeline.loader import build_loader
+from pipeline.loader import Loader
 from pipeline.shards import Dataset, read_dataset
 from pipeline.views import VIEWS, make_views
 from tools import one_message
@@ -458,7 +458,7 @@ def prepared(config: TrainConfig) -> Iterator[tuple[Any, Setup, Any, Tensor]]:
         synthetic = torch.randn(2 * setup.plan.micro_batch, 3, config.views.size, config.views.size)
         synthetic = synthetic.to(accelerator.device, torch.half if setup.half else torch.float)
         synthetic = synthetic.contiguous(memory_format=torch.channels_last)  # on torch's threads, which start here
-    loader = build_loader(
+    loader = Loader(
         repeated(read_dataset(config.data), config.batch_size),
         config.views,
         config.batch_size,

@@ -1,11 +1,12 @@
 """The DALI graphs, one definition for CPU and GPU: two augmented views, and the plain view for evaluation.
 
-Samples come from the WebDataset reader, are decoded once, and leave as (n, size, size, 3). All randomness is drawn in
-pipeline/views.py and enters as numbers beside the images, so the graph itself draws nothing; only the reader has a
-state, and DALI checkpoints it. On a CPU the graph may stop before colour, which pipeline/colour.py then adds faster.
-EXIF orientation is ignored, as torchvision, timm and the authors do.
+Encoded images come from pipeline/reader.py, are decoded once, and leave as (n, size, size, 3). All randomness is drawn
+in pipeline/views.py and enters as numbers beside the images, so the graph itself draws nothing and has no state. On a
+CPU the graph may stop before colour, which pipeline/colour.py then adds faster. EXIF orientation is ignored, as
+torchvision, timm and the authors do.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -16,82 +17,56 @@ from nvidia.dali import fn, math, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 
-from pipeline.images import MAX_PIXELS, ppm_header
+from pipeline.images import MAX_PIXELS
+from pipeline.reader import Bytes
 from pipeline.views import ATTEMPTS, NOISE_WINDOWS, OPERATIONS, Draws, ViewConfig, check_pair, windows
 
-LABEL_DIGITS = 10  # .cls members hold the label as ASCII digits; they leave the graph padded with zeros to this width
 CROPS = frozenset({"width", "height", "ratio", "share", "offset", "mirror"})  # what decides the window of a view
 COLOUR = ("colour", "mean_colour")
 _INTERP = {"linear": types.INTERP_LINEAR, "cubic": types.INTERP_CUBIC}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reader:
-    """What one rank reads: its part of the samples, and how far they are shuffled.
+class Encoding:
+    """What the images of a data set are, and how they are decoded."""
 
-    shuffle is the number of samples in the reader's local buffer; 0 keeps the order of the shards. Shuffling also
-    permutes the order of the shards every epoch.
-    """
-
-    tars: Sequence[str]
-    indexes: Sequence[str]
-    image_ext: str  # "jpg", or alternatives as in "jpg;png"
-    labelled: bool
-    raw: tuple[int, int] | None = None  # (height, width) if all images are PPMs of this size, as `pipeline.images.ppm`
+    raw: tuple[int, int] | None = None  # (height, width) if they come as pixels of this size, and need no decoder
     max_pixels: int = MAX_PIXELS  # larger images are an error, whatever a header claims
     hw_decoder_load: float = 0.65  # share of a batch's JPEGs for the GPU's hardware decoder, if it has one; DALI's own
-    rank: int = 0
-    world_size: int = 1
-    shuffle: int = 0
-    seed: int = 0
 
 
-def _read(reader: Reader) -> tuple[DataNode, DataNode | None]:
-    shuffled: dict[str, Any] = {
-        "random_shuffle": True,
-        "initial_fill": reader.shuffle,
-        "seed": reader.seed,
-        "shuffle_after_epoch": True,
-        "shuffle_after_epoch_seed": reader.seed,  # DALI's default is one order of the shards for every run
-    }
-    read: Any = fn.readers.webdataset(
-        name="reader",
-        paths=list(reader.tars),
-        index_paths=list(reader.indexes),
-        ext=[reader.image_ext, "cls"][: 2 if reader.labelled else 1],
-        missing_component_behavior="error",
-        shard_id=reader.rank,
-        num_shards=reader.world_size,
-        pad_last_batch=True,  # every epoch starts with a new batch; the loader drops the padded rest
-        dont_use_mmap=True,  # a shard replaced on disk is then an error message instead of SIGBUS
-        **(shuffled if reader.shuffle else {}),
+Images = Callable[[int], list[Bytes] | Bytes]  # the i-th batch: n encoded images, or pixels (n, H, W, 3)
+
+
+def _encoded(images: Images, encoding: Encoding, gpu: bool) -> DataNode:
+    return fn.external_source(
+        lambda info: images(info.iteration),
+        batch=True,
+        batch_info=True,
+        dtype=types.UINT8,
+        layout="HWC" if encoding.raw else None,
+        no_copy=not gpu,  # whoever gives a batch keeps it until its views are there
     )
-    if not reader.labelled:  # one extension gives a node, not a list of one
-        return read, None
-    encoded, label = read
-    return encoded, fn.pad(label, shape=[LABEL_DIGITS])
 
 
-def _image(encoded: DataNode, reader: Reader, gpu: bool) -> tuple[DataNode, DataNode]:
+def _image(encoded: DataNode, encoding: Encoding, gpu: bool) -> tuple[DataNode, DataNode]:
     """The decoded image, and its height and width (and channels) as floats on the CPU.
 
     A header that does not parse, or claims too many pixels, is an error before the decoder sees it. DALI 2.4's parses
     the headers of a batch in its thread pool, and the last of them beside it: when one of those raises, the pool goes
     on writing to a stack frame that has gone, and the process crashes.
     """
-    if reader.raw:  # the pixels lie there as they are, behind the header
-        skip, num = len(ppm_header(*reader.raw)), 3 * reader.raw[0] * reader.raw[1]
-        image = fn.reshape(fn.slice(encoded, [skip], [num], axes=[0]), shape=[*reader.raw, 3], layout="HWC")
-        return image.gpu() if gpu else image, types.Constant(np.array(reader.raw, np.float32))
+    if encoding.raw:
+        return encoded.gpu() if gpu else encoded, types.Constant(np.array(encoding.raw, np.float32))
     shape = fn.peek_image_shape(encoded, dtype=types.FLOAT, adjust_orientation=False)
-    fits = shape[0:1] * shape[1:2] <= float(reader.max_pixels)
+    fits = shape[0:1] * shape[1:2] <= float(encoding.max_pixels)
     image = fn.decoders.image(
         fn.reshape(encoded, rel_shape=fits * 1.0),  # a view of the same bytes; of none, which is refused, if too large
         device="mixed" if gpu else "cpu",
         output_type=types.RGB,
         adjust_orientation=False,
         jpeg_fancy_upsampling=True,  # on GPUs as on CPUs, and as Pillow: most JPEGs hold their colour at half the size
-        hw_decoder_load=reader.hw_decoder_load,
+        hw_decoder_load=encoding.hw_decoder_load,
     )
     return image, shape
 
@@ -335,8 +310,9 @@ def _normalise(image: DataNode, config: ViewConfig, half: bool) -> DataNode:
 
 
 def two_views(
-    reader: Reader,
+    encoding: Encoding,
     config: ViewConfig,
+    images: Images,
     draw_batch: Callable[[int], tuple[Draws, Draws]],
     *,
     second: ViewConfig | None = None,
@@ -345,20 +321,20 @@ def two_views(
     num_threads: int,
     half: bool = False,
     levels: bool = False,
-    checkpoint: bytes | None = None,
 ) -> Pipeline:
-    """Pipeline of (view, view[, label digits]) for each batch; `draw_batch(i)` gives the numbers of its i-th batch.
+    """Pipeline of (view, view); `images(i)` gives its i-th batch, of up to batch_size, `draw_batch(i)` its numbers.
 
+    Either may raise StopIteration where there is no batch. On a CPU the images of a batch stay where they are until its
+    views have been made.
     second is the distribution of the second view, None the first's. device_id None runs everything on the CPU. half
     makes the views float16 instead of float32. levels stops before colour, for views that end in it: (view, view, A, B,
-    A, B[, label digits]), the views in uint8 levels, A and B what each is to be recoloured by. checkpoint restores the
-    state a pipeline built with the same arguments had given by `Pipeline.checkpoint()`.
+    A, B), the views in uint8 levels, A and B what each is to be recoloured by.
     """
     configs = config, second or config
     check_pair(*configs)
     if levels and not all(c.ends_in_colour for c in configs):
         raise ValueError("levels: these views do not end in colour")
-    size = reader.raw if config.profile == "fast" else None  # where all images have one, nodes for windows are waste
+    size = encoding.raw if config.profile == "fast" else None  # where all images have one, nodes for windows are waste
     joint = [] if size else sorted(config.drawn & CROPS)
     names = [sorted(c.drawn - CROPS | (set(COLOUR) if levels else set())) for c in configs]
 
@@ -369,19 +345,12 @@ def two_views(
             crops = [bound for draws, c in zip(both, configs, strict=True) for bound in windows(draws, c, *size)]
         return (*crops, *(getattr(draws, name) for draws, mine in zip(both, names, strict=True) for name in mine))
 
-    @pipeline_def(
-        batch_size=batch_size,
-        num_threads=num_threads,
-        device_id=device_id,
-        enable_checkpointing=True,
-        checkpoint=checkpoint,
-        enable_conditionals=True,
-    )
+    @pipeline_def(batch_size=batch_size, num_threads=num_threads, device_id=device_id, enable_conditionals=True)
     def graph() -> tuple[DataNode, ...]:
-        encoded, label = _read(reader)
+        encoded = _encoded(images, encoding, gpu=device_id is not None)
         inputs = (2 * len(configs) if size else len(joint)) + len(names[0]) + len(names[1])
         drawn = iter(fn.external_source(source, num_outputs=inputs, batch=True, batch_info=True))
-        image, shape = _image(encoded, reader, gpu=device_id is not None)
+        image, shape = _image(encoded, encoding, gpu=device_id is not None)
         if size:
             bounds = [(next(drawn), next(drawn)) for _ in configs]
         else:
@@ -393,44 +362,49 @@ def two_views(
             view = _view(image, *bounds[i], draws, configs[i])
             views.append(view if levels else _finished(view, draws, configs[i], half))
             colours += [getattr(draws, name) for name in COLOUR] if levels else []
-        return (*views, *colours, *([label] if label is not None else []))
+        return (*views, *colours)
 
     return graph()
 
 
 def plain_view(
-    reader: Reader, config: ViewConfig, *, batch_size: int, device_id: int | None, num_threads: int
+    encoding: Encoding, config: ViewConfig, images: Images, *, batch_size: int, device_id: int | None, num_threads: int
 ) -> Pipeline:
-    """Pipeline of (image[, label digits]) for evaluation: shorter side resized, central `size` square kept."""
+    """Pipeline of images for evaluation: shorter side resized, central `size` square kept. `images` as `two_views`."""
 
-    @pipeline_def(batch_size=batch_size, num_threads=num_threads, device_id=device_id, enable_checkpointing=True)
-    def graph() -> tuple[DataNode, ...]:
-        encoded, label = _read(reader)
-        image, _ = _image(encoded, reader, gpu=device_id is not None)
+    @pipeline_def(batch_size=batch_size, num_threads=num_threads, device_id=device_id)
+    def graph() -> DataNode:
+        image, _ = _image(_encoded(images, encoding, gpu=device_id is not None), encoding, gpu=device_id is not None)
         shorter = round(config.size / config.eval_crop)
         image = fn.resize(image, resize_shorter=shorter, interp_type=_INTERP[config.interpolation])
         image = fn.crop(image, crop=[config.size, config.size])
-        image = _normalise(image, config, half=False)
-        return (image, label) if label is not None else (image,)
+        return _normalise(image, config, half=False)
 
     return graph()
 
 
-def stored_images(reader: Reader, batch_size: int, checkpoint: bytes) -> list[tuple[str, bytes]]:
-    """(TAR:OFFSET:MEMBER, bytes) of the images that a pipeline with this checkpoint reads next, not decoded.
+def undecodable(images: Sequence[Bytes], encoding: Encoding, device_id: int | None) -> dict[int, str]:
+    """What the decoder says of each image that it does not decode, by its place; each is decoded alone."""
+    waiting = deque(enumerate(images))
+    faults: dict[int, str] = {}
 
-    Raises RuntimeError where they cannot be read.
-    """
-
-    @pipeline_def(batch_size=batch_size, num_threads=1, device_id=None, enable_checkpointing=True)
+    @pipeline_def(batch_size=1, num_threads=1, device_id=device_id, prefetch_queue_depth=1)
     def graph() -> DataNode:
-        return _read(reader)[0]
+        gpu = device_id is not None
+        return _image(_encoded(lambda _: [waiting[0][1]], encoding, gpu), encoding, gpu)[0]
 
-    def record(checkpoint: bytes) -> bytes:
-        """The reader's part: DALI keeps a protobuf record, here of less than 128 bytes, for each operator."""
-        name = checkpoint.index(b"\n\x06reader\x12")
-        return checkpoint[name - 2 : name + checkpoint[name - 1]]
+    decode = graph()
+    while waiting:
+        try:
+            decode.run()
+        except RuntimeError as error:
+            faults[waiting[0][0]] = complaint(error)
+            decode = graph()
+        waiting.popleft()
+    return faults
 
-    start = graph().checkpoint()
-    (images,) = graph(checkpoint=start.replace(record(start), record(checkpoint))).run()
-    return [(image.source_info(), np.asarray(image).tobytes()) for image in images]
+
+def complaint(error: Exception) -> str:
+    """What DALI complains of, without where in its own code."""
+    cause = " ".join(str(error).rpartition("encountered:")[2].partition("C++ context")[0].split())
+    return cause.removesuffix(" Current pipeline object is no longer valid." * 2)

@@ -1,47 +1,50 @@
 """Batches of two views for training, and of plain images for evaluation, for one rank of many.
 
-`build_loader` gives an endless `Loader`: every epoch each rank yields the same number of batches, each sample appears
-at most once, and only the last incomplete global batch is dropped. It knows its position and restores it exactly in
-the middle of an epoch. What an epoch's global batches consist of depends on the number of ranks, because each rank
-reads its own contiguous part of the shards, in sequence, and shuffles it in a buffer of its own: one order for any
-number of ranks would need reads at random places. The augmentation drawn for a position does not depend on it.
+`Loader` is endless. An epoch has the batches that pipeline/order.py says, whatever the number of ranks and the size of
+micro-batches, and the views of a position are drawn for it alone. So the loader's state is a position.
 
 `build_eval_loader` gives every sample of the data set exactly once, in the order of the shards.
+
+A batch passes through three places, each ahead of the next: a thread that reads bytes (pipeline/reader.py), DALI's own
+threads, and a thread that takes what DALI made into the memory of the batch. The caller's thread only waits.
 """
 
-import base64
 import ctypes
 import gc
 import io
 import itertools
-import math
 import os
-import random
-import resource
+import threading
 import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.colour import finish
+from pipeline.order import Numbers, Order
+from pipeline.reader import DamagedError, Encoded, Reader, ahead
 from pipeline.shards import Dataset, DatasetError
 from pipeline.views import Draws, ViewConfig, check_pair, draw
 
 if TYPE_CHECKING:
     from nvidia.dali.pipeline import Pipeline
 
-    from pipeline.graph import Reader
+    from pipeline.cache import Cache
+    from pipeline.graph import Encoding
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
-SHUFFLE = 2048  # samples in each rank's shuffle buffer; the shards themselves are shuffled when written
+IN_FLIGHT = 1 << 28  # bytes of encoded images that are read ahead, if one batch is not more by itself
+MOST_AHEAD = 4  # batches
+IN_GRAPH = 4  # batches whose images DALI may still hold: it prepares two ahead
 
 # A forked child, such as a DataLoader's worker, that collected its parent's pipelines would join threads it has not.
 os.register_at_fork(after_in_child=gc.freeze)
@@ -52,24 +55,51 @@ class Batch:
     """views (2n, 3, S, S) channels_last, view-major: rows i and i + n come from image i.
 
     labels (n,) int64 stay on the CPU, wherever the views are; None where the data set has none.
-    position is the place of the global batch's first sample within its epoch.
+    position is the place of the global batch's first sample within its epoch; samples (n,) are the numbers of this
+    rank's images, counted in the order of the shards.
     """
 
     views: Tensor
     labels: Tensor | None
     epoch: int
     position: int
-
-
-_Position = tuple[int, bytes | None]  # runs of the pipeline, and DALI's checkpoint behind the last of them
+    samples: Numbers
 
 
 class LoaderError(RuntimeError):
-    """A batch could not be made; the message names the rank, the batch and the reader's own complaint."""
+    """A batch could not be made; the message names the rank, the batch, the sample or what DALI complained of."""
+
+
+class _Feed:
+    """Encoded batches on their way into a pipeline, which asks for them before it gives the views of earlier ones."""
+
+    def __init__(self, encoded: Iterator[Encoded]) -> None:
+        self._encoded, self._failure = encoded, Exception("nothing has been read")
+        self._given = deque[tuple[int, Encoded]](maxlen=IN_GRAPH)
+
+    def images(self, number: int) -> Any:
+        """Those of the batch of this number, for the pipeline; what fails in reading waits for the batch's turn."""
+        try:
+            self._given.append((number, next(self._encoded)))
+        except Exception as error:
+            self._failure = error
+            raise StopIteration from error
+        return self._given[-1][1].images
+
+    def views(self, pipe: "Pipeline", stream: Any) -> list[Tensor]:
+        """The pipeline's next outputs, still in its memory. Raises RuntimeError, or what failed in reading."""
+        try:
+            # Outputs bound to torch's stream are freed in its order: not before a copy that waits in it is done.
+            return [torch.from_dlpack(output.as_tensor()) for output in pipe.run(stream)]
+        except StopIteration:
+            raise self._failure from None
+
+    def encoded(self, number: int) -> Encoded:
+        return next(encoded for given, encoded in self._given if given == number)
 
 
 class Loader:
-    """Endless iterator of `Batch`; see `build_loader`."""
+    """Endless iterator of `Batch`: this rank's part of each global batch."""
 
     def __init__(
         self,
@@ -77,16 +107,37 @@ class Loader:
         views: ViewConfig,
         batch_size: int,
         device: torch.device,
-        rank: int,
-        world_size: int,
-        seed: int,
-        num_threads: int,
-        half: bool,
-        shuffle: int,
-        micro_batch: int,
-        second_views: ViewConfig | None,
-        hw_decoder_load: float,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        num_threads: int = 4,
+        half: bool = False,
+        shuffle: bool = True,
+        window: int = 0,
+        lanes: int = 1,
+        micro_batch: int = 0,
+        second_views: ViewConfig | None = None,
+        hw_decoder_load: float = 0.65,
+        skip_damaged: int = 0,
+        cache: "Cache | None" = None,
     ) -> None:
+        """
+        batch_size   images per step over all ranks; a multiple of world_size and of lanes
+        device       where the views are made and left: JPEGs are decoded and augmented there
+        num_threads  DALI's CPU threads for this rank, and torch's where it finishes views that a CPU makes
+        half         float16 views instead of float32
+        shuffle      False reads in the order of the shards
+        window       shards whose samples are mixed together, and lanes, streams that share them out: pipeline/order.py
+        micro_batch  gives this rank's batch in parts of so many images, a divisor of it, with the views that the whole
+                     has; the pipeline and its memory are of that size. 0 gives the whole.
+        second_views the distribution of the second view of each image, if it is not that of the first
+        hw_decoder_load  share of a batch's JPEGs that the GPU's hardware decoder takes, where it has one (A100, H100)
+        skip_damaged samples that may be damaged before this rank gives up; each is replaced by `Order.substitutes`
+        cache        where shards of object storage are kept; without, samples are read from it by ranges
+        Raises ValueError for arguments out of range or a data set smaller than one batch, LoaderError where a batch
+        cannot be read.
+        """
         check_pair(views, second_views or views)
         if not 0 <= hw_decoder_load <= 1:
             raise ValueError(f"hw_decoder_load {hw_decoder_load} is not between 0 and 1")
@@ -98,14 +149,12 @@ class Loader:
             raise ValueError(f"micro_batch {micro_batch} is negative; expected a number of images, or 0 for all")
         if batch_size < 1 or batch_size % world_size:
             raise ValueError(f"batch_size {batch_size} does not divide into {world_size} ranks")
-        per_rank = dataset.samples // world_size
-        self.local_batch_size = batch_size // world_size
-        self.steps_per_epoch = per_rank // self.local_batch_size
-        if not self.steps_per_epoch:
+        if dataset.samples < batch_size:
             raise ValueError(
-                f"{dataset.address} has {dataset.samples} samples, fewer than one batch of {batch_size} over "
-                f"{world_size} rank(s) ({per_rank} per rank, {self.local_batch_size} needed); lower the batch size"
+                f"{dataset.address} has {dataset.samples} samples, fewer than one batch of {batch_size}; lower the "
+                "batch size"
             )
+        self.local_batch_size = batch_size // world_size
         self.micro_batch = micro_batch or self.local_batch_size
         self._micro_batches, rest = divmod(self.local_batch_size, self.micro_batch)
         if rest:
@@ -114,18 +163,19 @@ class Loader:
                 f"micro_batch {micro_batch} does not divide the {self.local_batch_size} images of a rank's batch; near "
                 f"are {', '.join(map(str, sorted(near)))}"
             )
-        # The reader pads each rank's part to whole runs; what is beyond the last whole batch is read and dropped.
-        self._runs_per_epoch = math.ceil(math.ceil(dataset.samples / world_size) / self.micro_batch)
-        self._used_per_epoch = self.steps_per_epoch * self._micro_batches
+        counts = [shard.samples for shard in dataset.shards]
+        self._order = Order(counts, batch_size, seed=seed, window=window, lanes=lanes, shuffle=shuffle)
+        self.steps_per_epoch = self._order.steps_per_epoch
         self.dataset, self.views, self.device, self.rank, self.world_size = dataset, views, device, rank, world_size
-        self._batch_size, self._seed, self._num_threads = batch_size, seed, num_threads
-        self._half, self._shuffle, self._second_views = half, shuffle, second_views
-        self._hw_decoder_load = hw_decoder_load
+        self._num_threads, self._half, self._second_views = num_threads, half, second_views
+        self._hw_decoder_load, self._cache = hw_decoder_load, cache
+        self._damaged: dict[int, str] = {}  # samples that were replaced, and what is wrong with each
+        self._skip_damaged = skip_damaged
+        self._noting = threading.Lock()
         self._pipe: Pipeline | None = None
-        self._ahead: Future[tuple[Batch, _Position]] | None = None
-        self._failure: LoaderError | None = None
-        self._runs = 0  # batches the pipeline has given, dropped ones included
-        self._position: _Position = 0, None
+        self._feed = _Feed(iter(()))
+        self._ahead: Future[tuple[Batch, Any]] | None = None
+        self._runs = 0  # (micro-)batches given; the next one to make is that or the one behind
         self._waits = deque[tuple[Any, Any]]()  # marks before and behind batches, not yet counted
         self._waited_s = 0.0
 
@@ -133,16 +183,17 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        if self._failure:
-            raise self._failure
         start = self._mark()
+        waiting = self._ahead or self._submit(self._runs)
         try:
-            batch, self._position = self._ahead.result() if self._ahead else self._make(self._room())
-        except LoaderError as error:
-            self._failure = error  # DALI would go on with the next batch, and this rank out of step with the others
+            batch, made = waiting.result()
+        except BaseException:
+            self._ahead = waiting  # it says so again, for this rank must not get out of step with the others
             raise
-        if self.device.type == "cpu":  # a GPU makes batches beside what runs here by itself
-            self._ahead = self._worker.submit(self._make, self._room())
+        if made is not None:
+            torch.cuda.current_stream(self.device).wait_event(made)
+        self._runs += 1
+        self._ahead = self._submit(self._runs)
         self._waits.append((start, self._mark()))
         self._count_waits()
         return batch
@@ -169,6 +220,16 @@ class Loader:
             before, behind = self._waits.popleft()
             self._waited_s += behind - before if self.device.type == "cpu" else before.elapsed_time(behind) / 1e3
 
+    def _submit(self, run: int) -> "Future[tuple[Batch, Any]]":
+        """Have the worker make a batch, in memory of this thread: that of another's heap may be too small."""
+        size, dtype = self.views.size, torch.half if self._half and not self._in_levels else torch.float
+        views = torch.empty(2 * self.micro_batch, size, size, 3, dtype=dtype, device=self.device)
+        if not self._stream:
+            return self._worker.submit(self._make, run, views)
+        views.record_stream(self._stream)
+        free = torch.cuda.current_stream(self.device).record_event()  # what had that memory before is done with it
+        return self._worker.submit(self._make_on_gpu, run, views, free)
+
     @cached_property
     def _worker(self) -> ThreadPoolExecutor:
         """A thread whose torch operators use as many threads as DALI has; the caller's keep theirs."""
@@ -177,68 +238,153 @@ class Loader:
         torch.set_num_threads(threads)
         return worker
 
-    def _room(self) -> Tensor:
-        """Memory for a batch's views (2n, S, S, 3), of the thread that asks: more than another's heap may hold."""
-        size, dtype = self.views.size, torch.half if self._half and not self._in_levels else torch.float
-        return torch.empty(2 * self.micro_batch, size, size, 3, dtype=dtype, device=self.device)
+    @cached_property
+    def _stream(self) -> "torch.cuda.Stream | None":
+        return torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
-    def _make(self, views: Tensor) -> tuple[Batch, _Position]:
-        """The next batch, written to `views`, and the position behind it."""
-        if self._pipe is None:
-            self._pipe = self._build(None)
-        if self._runs % self._runs_per_epoch == self._used_per_epoch:
-            self._skip_to_next_epoch(self._pipe)
-        epoch, run = divmod(self._runs, self._runs_per_epoch)
-        (first, second, *colours), labels = self._run(self._pipe)
+    def _make_on_gpu(self, run: int, views: Tensor, free: Any) -> tuple[Batch, Any]:
+        assert self._stream is not None
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(free)
+            batch, _ = self._make(run, views)
+            return batch, self._stream.record_event()
+
+    def _make(self, run: int, views: Tensor) -> tuple[Batch, None]:
+        """The views of a batch, written to `views`."""
+        while True:
+            if self._pipe is None:
+                self._pipe = self._build(run)
+            try:
+                first, second, *colours = self._feed.views(self._pipe, self._stream)
+                break
+            except LoaderError:
+                raise
+            except RuntimeError as error:
+                self._pipe = None  # it has gone on, and so has what was read for it
+                self._note(run, self._undecodable(run, error))
+        encoded = self._feed.encoded(run)
         if colours:
             for levels, A, B, out in zip((first, second), colours[::2], colours[1::2], views.chunk(2), strict=True):
                 finish(levels, A, B, self.views, out)
             views = views.half() if self._half else views
         else:
             torch.cat([first, second], out=views)
-        batch = Batch(views.permute(0, 3, 1, 2), labels, epoch, run // self._micro_batches * self._batch_size)
-        return batch, (self._runs, self._pipe.checkpoint())
+        labels = None if encoded.labels is None else torch.from_numpy(encoded.labels)
+        epoch, step, _ = self._place(run)
+        return Batch(views.permute(0, 3, 1, 2), labels, epoch, step * self._order.batch_size, encoded.samples), None
 
-    def _skip_to_next_epoch(self, pipe: "Pipeline") -> None:
-        while self._runs % self._runs_per_epoch:
-            self._run(pipe)
-
-    def _run(self, pipe: "Pipeline") -> tuple[list[Tensor], Tensor | None]:
-        epoch, run = divmod(self._runs, self._runs_per_epoch)
-        outputs = _outputs(
-            pipe,
-            self._reader,
-            self.dataset,
-            self.device,
-            f"rank {self.rank} could not read batch {run // self._micro_batches} of epoch {epoch}",
-        )
-        self._runs += 1
-        return outputs
-
-    def _draw(self, run: int) -> tuple[Draws, Draws]:
-        epoch, run = divmod(run, self._runs_per_epoch)
-        step, part = divmod(run, self._micro_batches)
-        position = (step * self.world_size + self.rank) * self.local_batch_size + part * self.micro_batch
-        n = self.micro_batch
-        return draw(self.views, self._second_views, seed=self._seed, epoch=epoch, position=position, n=n)
-
-    def _build(self, checkpoint: bytes | None) -> "Pipeline":
+    def _build(self, run: int) -> "Pipeline":
+        """A pipeline whose first batch is that of `run`."""
         from pipeline.graph import two_views
 
         if self.device.type == "cpu":
             _keep_freed_memory()
+        me = weakref.proxy(self)  # or it would live until cycles are collected
+        each = sum(shard.bytes for shard in self.dataset.shards) // self.dataset.samples
+        depth = max(1, min(MOST_AHEAD, IN_FLIGHT // max(1, each * self.micro_batch)))
+        feed = _Feed(ahead((partial(Loader._read, me, number) for number in itertools.count(run)), depth))
+        self._feed = feed
         return two_views(
-            self._reader,
+            self._encoding,
             self.views,
-            partial(Loader._draw, weakref.proxy(self)),  # or it would live until cycles are collected
+            lambda i: feed.images(run + i),
+            lambda i: Loader._draw(me, run + i),
             second=self._second_views,
             batch_size=self.micro_batch,
             device_id=_device_id(self.device),
             num_threads=self._num_threads,
             half=self._half,
             levels=self._in_levels,
-            checkpoint=checkpoint,
         )
+
+    def _place(self, run: int) -> tuple[int, int, int]:
+        """Of a (micro-)batch: its epoch, its global batch in it, and the position of its first image."""
+        batch, part = divmod(run, self._micro_batches)
+        epoch, step = divmod(batch, self.steps_per_epoch)
+        first = (step * self.world_size + self.rank) * self.local_batch_size + part * self.micro_batch
+        return epoch, step, first
+
+    def _draw(self, run: int) -> tuple[Draws, Draws]:
+        epoch, _, position = self._place(run)
+        n, seed = self.micro_batch, self._order.seed
+        return draw(self.views, self._second_views, seed=seed, epoch=epoch, position=position, n=n)
+
+    # ---- bytes, and what is wrong with them
+
+    def _read(self, run: int) -> Encoded:
+        epoch, step, first = self._place(run)
+        positions = np.arange(first, first + self.micro_batch)
+        wanted = self._order.samples_at(epoch, positions)
+        if self._cache:
+            self._bring(epoch, step)
+        while True:
+            samples = self._sound(epoch, positions, wanted)
+            try:
+                return self.reader.read(samples)
+            except DamagedError as error:
+                self._note(run, error.faults)
+            except (OSError, DatasetError) as error:
+                raise LoaderError(f"{self._failed(run)}: {error}") from error
+
+    def _sound(self, epoch: int, positions: Numbers, samples: Numbers) -> Numbers:
+        """The samples, with others for those known to be damaged."""
+        damaged = self._damaged
+        if not damaged:
+            return samples
+        samples = samples.copy()
+        for i in np.flatnonzero(np.isin(samples, list(damaged))).tolist():
+            others = self._order.substitutes(epoch, int(positions[i]))
+            samples[i] = next(other for other in others if other not in damaged)
+        return samples
+
+    def _note(self, run: int, faults: Mapping[int, str]) -> None:
+        """Remember damaged samples. Raises LoaderError where there are more than may be replaced."""
+        with self._noting:
+            more = len(self._damaged.keys() | faults.keys()) > self._skip_damaged
+            if not more:
+                self._damaged = {**self._damaged, **faults}
+        if more:
+            before = f" {len(self._damaged)} were replaced before it." if self._damaged else ""
+            advice = f".{before} --skip-damaged N, now {self._skip_damaged}, replaces up to N samples of a run"
+            raise LoaderError(_damaged(self._failed(run), faults, self.reader) + advice)
+
+    def _undecodable(self, run: int, error: RuntimeError) -> dict[int, str]:
+        """The images of a failed batch that do not decode. Raises LoaderError where all do."""
+        faults = _undecodable(self._feed.encoded(run), self._encoding, self.device)
+        if not faults:
+            from pipeline.graph import complaint
+
+            raise LoaderError(f"{self._failed(run)}: {complaint(error)}") from error
+        return faults
+
+    def _failed(self, run: int) -> str:
+        epoch, step, _ = self._place(run)
+        return f"rank {self.rank} could not read batch {step} of epoch {epoch} of {self.dataset.address}"
+
+    def _bring(self, epoch: int, step: int) -> None:
+        """Have the cache fetch the shards of the windows that a batch reads from, and of the next ones."""
+        assert self._cache is not None
+        start = self.rank * self.local_batch_size
+        for lane in self._order.lanes_of(start, start + self.local_batch_size):
+            window = self._order.window_of(epoch, lane, step)
+            if self._brought.get(lane) == (epoch, window):
+                continue
+            self._brought[lane] = epoch, window
+            windows = self._order.shards_of(epoch, lane)
+            near = [*windows, *self._order.shards_of(epoch + 1, lane)[:1]][window : window + 2]
+            self._cache.prefetch(self.reader.file(shard) for part in near for shard in part)
+
+    @cached_property
+    def _brought(self) -> dict[int, tuple[int, int]]:
+        return {}
+
+    @cached_property
+    def reader(self) -> Reader:
+        return Reader(self.dataset, self._cache)
+
+    @cached_property
+    def _encoding(self) -> "Encoding":
+        return _encoding(self.dataset, self._hw_decoder_load)
 
     @cached_property
     def _in_levels(self) -> bool:
@@ -246,41 +392,48 @@ class Loader:
         views = self.views, self._second_views or self.views
         return self.device.type == "cpu" and all(view.ends_in_colour for view in views)
 
-    @cached_property  # it names every shard, and ImageNet has more than a thousand
-    def _reader(self) -> "Reader":
-        reader = _reader(self.dataset, self.rank, self.world_size, self._shuffle, self._seed)
-        return replace(reader, hw_decoder_load=self._hw_decoder_load)
+    @property
+    def damaged(self) -> dict[int, str]:
+        """Samples that were replaced, by number, and what is wrong with each: by this rank, and of `learn`."""
+        return dict(self._damaged)
+
+    def learn(self, damaged: Mapping[int, str]) -> None:
+        """Replace these samples too, which other ranks met."""
+        with self._noting:
+            self._damaged = {**self._damaged, **damaged}
+
+    # ---- position
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a position is only valid for; equal on all ranks."""
+        """What decides the stream of batches; equal on all ranks."""
         return {
             "dataset": self.dataset.fingerprint,
-            "batch_size": self._batch_size,
-            "micro_batch": self.micro_batch,
-            "world_size": self.world_size,
-            "device": self.device.type,  # DALI's part of a position is of one graph, and a GPU's is another
+            "batch_size": self._order.batch_size,
             "views": asdict(self.views),
             "second_views": asdict(self._second_views) if self._second_views else None,
-            "seed": self._seed,
-            "shuffle": self._shuffle,
+            "seed": self._order.seed,
+            "shuffle": self._order.shuffle,
+            "window": self._order.window,
+            "lanes": self._order.lanes,
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The exact position of this rank, JSON-able; the identity stands beside it."""
-        if self._failure:
-            raise self._failure
-        runs, reader = self._position
+        """The position of the next global batch, JSON-able, equal on all ranks; of one given in part, its own.
+
+        damaged is this rank's: whoever saves the state joins those of all ranks.
+        """
+        epoch, step, _ = self._place(self._runs)
         return {
             "identity": self.identity,
-            "rank": self.rank,
-            "runs": runs,
-            "reader": base64.b64encode(reader).decode() if reader is not None else None,
+            "epoch": epoch,
+            "position": step * self._order.batch_size,
+            "damaged": {str(sample): problem for sample, problem in self._damaged.items()},
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position. Raises ValueError naming what differs from when it was saved."""
-        saved, mine = state["identity"] | {"rank": state["rank"]}, self.identity | {"rank": self.rank}
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to a saved position, of any number of ranks. Raises ValueError naming what decides another stream."""
+        saved, mine = dict(state["identity"]), self.identity
         for name in ("views", "second_views"):
             fields = saved.get(name)
             saved[name] = fields and {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
@@ -292,57 +445,10 @@ class Loader:
         if different:
             raise ValueError("the saved position belongs to another stream of batches; " + "; ".join(different))
         wait([self._ahead] if self._ahead else [])  # it uses the pipeline
-        self._ahead = self._failure = None
-        reader = base64.b64decode(state["reader"]) if state["reader"] is not None else None
-        self._pipe = self._build(reader) if reader is not None else None
-        self._runs, self._position = state["runs"], (state["runs"], reader)
-
-
-def build_loader(
-    dataset: Dataset,
-    views: ViewConfig,
-    batch_size: int,
-    device: torch.device,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    seed: int = 0,
-    num_threads: int = 4,
-    half: bool = False,
-    shuffle: int = SHUFFLE,
-    micro_batch: int = 0,
-    second_views: ViewConfig | None = None,
-    hw_decoder_load: float = 0.65,
-) -> Loader:
-    """This rank's endless stream of two-view batches.
-
-    batch_size   images per step over all ranks; a multiple of world_size
-    device       where the views are made and left: JPEGs are decoded and augmented there
-    num_threads  DALI's CPU threads for this rank, and torch's where it finishes views that a CPU makes: one batch ahead
-    half         float16 views instead of float32
-    shuffle      samples in this rank's shuffle buffer; 0 reads in the order of the shards
-    micro_batch  gives this rank's batch in parts of so many images, a divisor of it, with the views that the whole has;
-                 the pipeline and its memory are of that size. 0 gives the whole.
-    second_views the distribution of the second view of each image, if it is not that of the first
-    hw_decoder_load  share of a batch's JPEGs that the GPU's hardware decoder takes, where it has one (A100, H100)
-    Raises ValueError for arguments out of range or a data set smaller than one batch, LoaderError where a batch cannot
-    be read.
-    """
-    return Loader(
-        dataset,
-        views,
-        batch_size,
-        device,
-        rank,
-        world_size,
-        seed,
-        num_threads,
-        half,
-        shuffle,
-        micro_batch,
-        second_views,
-        hw_decoder_load,
-    )
+        self._ahead = self._pipe = None
+        self._damaged = {int(sample): problem for sample, problem in state["damaged"].items()}
+        batches = state["epoch"] * self.steps_per_epoch + state["position"] // self._order.batch_size
+        self._runs = batches * self._micro_batches
 
 
 def build_eval_loader(
@@ -359,104 +465,86 @@ def build_eval_loader(
     """(images (n, 3, S, S) channels_last, labels (n,), -1 if none) of this rank's part, each sample once, in order.
 
     batch_size is per rank; the last batch holds the rest. samples is the most that all ranks together give, None all.
+    Raises LoaderError where a batch cannot be read.
     """
-    from pipeline.graph import plain_view
+    from pipeline.graph import complaint, plain_view
 
-    if dataset.samples < world_size:  # DALI refuses so many parts: the first rank reads everything
-        if rank:
-            return
-        world_size = 1
-    left = dataset.samples * (rank + 1) // world_size - dataset.samples * rank // world_size
+    first, stop = (dataset.samples * number // world_size for number in (rank, rank + 1))
     if samples is not None:
-        left = min(left, samples * (rank + 1) // world_size - samples * rank // world_size)
-    if not left:
+        stop = min(stop, first + samples * (rank + 1) // world_size - samples * rank // world_size)
+    if first == stop:
         return
-    reader = _reader(dataset, rank, world_size, 0, 0)
+    batch_size = min(batch_size, stop - first)
+    parts = [np.arange(at, min(at + batch_size, stop)) for at in range(first, stop, batch_size)]
     if device.type == "cpu":
         _keep_freed_memory()
+    reader, encoding = Reader(dataset), _encoding(dataset)
+    feed = _Feed(ahead((partial(reader.read, part) for part in parts), 1))
     pipe = plain_view(
-        reader,
-        views,
-        batch_size=min(batch_size, left),
-        device_id=_device_id(device),
-        num_threads=num_threads,
+        encoding, views, feed.images, batch_size=batch_size, device_id=_device_id(device), num_threads=num_threads
     )
-    for step in itertools.count():
-        (padded,), labels = _outputs(pipe, reader, dataset, device, f"rank {rank} could not read batch {step}")
-        images = padded.clone()[:left]
-        left -= len(images)
-        labels = labels[: len(images)] if labels is not None else torch.full((len(images),), -1)
-        yield images.permute(0, 3, 1, 2), labels
-        if not left:
-            return
-
-
-def _outputs(
-    pipe: "Pipeline", reader: "Reader", dataset: Dataset, device: torch.device, failed: str
-) -> tuple[list[Tensor], Tensor | None]:
-    """The pipeline's next images (n, S, S, 3), still in DALI's memory, and labels. Raises LoaderError."""
-    # Outputs bound to torch's stream are freed in its order: not before a copy that only waits in it is done.
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-    try:
-        images = list(pipe.run(stream))
-        labels = _parse_labels(images.pop()) if dataset.labelled else None
-        return [torch.from_dlpack(image.as_tensor()) for image in images], labels
-    except (RuntimeError, ValueError) as error:
-        cause = " ".join(str(error).rpartition("encountered:")[2].partition("C++ context")[0].split())
-        cause = cause.removesuffix(" Current pipeline object is no longer valid." * 2)
-        sample = _faulty_image(reader, pipe) if isinstance(error, RuntimeError) else None
-        advice = (
-            ". If a shard changed since it was written, copy it again; else let "
-            f"`python tools/make_shards.py verify {dataset.address} --images` list what cannot be read, and "
-            "`quarantine` leave it out"
-        )
-        damaged = sample or isinstance(error, DatasetError) or "readers.webdataset`" in str(error)
-        raise LoaderError(f"{failed} of {dataset.address}: {sample or cause}{advice if damaged else ''}") from error
+    for step in range(len(parts)):
+        failed = f"rank {rank} could not read batch {step} of {dataset.address}"
+        try:
+            (images,) = feed.views(pipe, stream)
+        except DamagedError as error:
+            raise LoaderError(_damaged(failed, error.faults, reader)) from error
+        except (OSError, DatasetError) as error:
+            raise LoaderError(f"{failed}: {error}") from error
+        except RuntimeError as error:
+            faults = _undecodable(feed.encoded(step), encoding, device)
+            raise LoaderError(
+                _damaged(failed, faults, reader) if faults else f"{failed}: {complaint(error)}"
+            ) from error
+        stored = feed.encoded(step).labels
+        labels = torch.full((len(images),), -1) if stored is None else torch.from_numpy(stored)
+        yield images.clone().permute(0, 3, 1, 2), labels
 
 
-def _faulty_image(reader: "Reader", pipe: "Pipeline") -> str | None:
-    """The first image that cannot be used of the batch that `pipe` failed to give, and why; None if all can."""
+def _encoding(dataset: Dataset, hw_decoder_load: float = 0.65) -> "Encoding":
+    from pipeline.graph import Encoding
+
+    return Encoding(raw=dataset.raw, max_pixels=dataset.options["max_pixels"], hw_decoder_load=hw_decoder_load)
+
+
+def _damaged(failed: str, faults: Mapping[int, str], reader: Reader) -> str:
+    """What to say of damaged samples that end the reading."""
+    first = reader.describe(*next(iter(faults.items())))
+    return (
+        f"{failed}: {first}. If a shard changed since it was written, copy it again; else let "
+        f"`python tools/make_shards.py verify {reader.dataset.address} --images` list what cannot be read, and "
+        "`quarantine` leave it out"
+    )
+
+
+def _undecodable(encoded: Encoded, encoding: "Encoding", device: torch.device) -> dict[int, str]:
+    """What is wrong with each image of a batch that DALI does not decode, by the number of its sample.
+
+    In Pillow's words, where it refuses too.
+    """
     from PIL import Image, UnidentifiedImageError
 
-    from pipeline.graph import stored_images
+    from pipeline.graph import undecodable
 
-    try:
-        images = stored_images(reader, pipe.max_batch_size, pipe.checkpoint())
-    except (RuntimeError, ValueError):  # reading fails, and the reader has said why
-        return None
-    for source, content in images:
+    faults: dict[int, str] = {}
+    if not isinstance(encoded.images, list):  # pixels
+        return faults
+    for i, complaint in undecodable(encoded.images, encoding, _device_id(device)).items():
+        sample, content = int(encoded.samples[i]), encoded.images[i].tobytes()
+        why = f"does not decode ({complaint})"
         try:
             with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content)) as image:
-                if image.width * image.height > reader.max_pixels:
-                    return f"{source} has {image.width}x{image.height} pixels, more than {reader.max_pixels}"
-                image.load()
+                if image.width * image.height > encoding.max_pixels:
+                    why = f"has {image.width}x{image.height} pixels, more than {encoding.max_pixels}"
+                else:
+                    image.load()
         except UnidentifiedImageError:
-            return f"{source} does not begin like an image"
+            why = "does not begin like an image"
         except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error ... for bad bytes
-            return f"{source} does not decode ({error})"
-    return None
-
-
-def _reader(dataset: Dataset, rank: int, world_size: int, shuffle: int, seed: int) -> "Reader":
-    from pipeline.graph import Reader
-
-    tars, indexes = dataset.tars, dataset.indexes
-    _allow_open_files(len(tars))
-    if shuffle:  # the reader itself permutes the shards between epochs only
-        order = random.Random(seed).sample(range(len(tars)), len(tars))
-        tars, indexes = [tars[i] for i in order], [indexes[i] for i in order]
-    return Reader(
-        tars=tars,
-        indexes=indexes,
-        image_ext=";".join(dataset.extensions),
-        labelled=dataset.labelled,
-        max_pixels=dataset.options["max_pixels"],
-        raw=dataset.raw,
-        rank=rank,
-        world_size=world_size,
-        shuffle=shuffle,
-        seed=seed,
-    )
+            why = f"does not decode ({error})"
+        faults[sample] = why
+    return faults
 
 
 def _device_id(device: torch.device) -> int | None:
@@ -464,18 +552,6 @@ def _device_id(device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
     return torch.cuda.current_device() if device.index is None else device.index
-
-
-def _allow_open_files(shards: int) -> None:
-    """DALI keeps every shard open, and ImageNet has more of them than the 1,024 files a process may usually open."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < shards + 256:  # 256 for everything else
-        raise ValueError(
-            f"{shards} shards cannot be open at once: this process may open {hard} files. Raise the hard limit "
-            "(ulimit -Hn), or make fewer shards (--shard-size)"
-        )
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _keep_freed_memory() -> None:
@@ -495,14 +571,3 @@ def _keep_freed_memory() -> None:
 
 def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
-
-
-def _parse_labels(digits: Any) -> Tensor:
-    """(n, LABEL_DIGITS) zero-padded ASCII to (n,) int64. Raises DatasetError naming the sample that has no number."""
-    rows = digits.as_array()
-    texts = rows.view(f"S{rows.shape[1]}").ravel()
-    try:
-        return torch.from_numpy(texts.astype("int64"))
-    except ValueError:
-        broken = next(i for i, text in enumerate(texts) if not text.isdigit())
-        raise DatasetError(f"{digits[broken].source_info()} is no label: {bytes(texts[broken])!r}") from None

@@ -149,6 +149,11 @@ class Dataset:
     def indexes(self) -> list[str]:
         return [self.index(shard) for shard in self.shards]
 
+    def index_contents(self, shards: Sequence[int]) -> list[bytes]:
+        """The indexes of these shards, by their numbers. Raises OSError."""
+        indexes = self.indexes
+        return fetch([indexes[shard] for shard in shards])
+
 
 def manifest(dataset: Dataset) -> str:
     """The text of dataset.json."""

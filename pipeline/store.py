@@ -58,3 +58,7 @@ def _fetch(addresses: Sequence[str]) -> list[bytes]:
             "~/.aws; Google's default credentials for gs://) and AWS_ENDPOINT_URL or DALI_GCS_ENDPOINT_URL",
         ) from error
     return [np.asarray(file).tobytes() for file in files]
+
+
+def read_ranges(address: str, offsets: Sequence[int], sizes: Sequence[int]) -> list[bytes]:
+    raise NotImplementedError

@@ -1,61 +1,49 @@
 """A part of a data set: the same tars under shorter indexes, so that it costs a line per sample and copies no image.
 
-DALI's reader seeks to what an index lists and reads nothing else, so training on 1 % of ImageNet reads 1 % of it.
+What an index lists is read and nothing else, so training on 1 % of ImageNet reads 1 % of it.
 Fine-tuning on few labels needs this: Chen et al. 2020, arXiv:2002.05709, section 5 and appendix B.5.
 """
 
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.shards import Dataset, DatasetError, index_text
-from pipeline.store import fetch, opened
+from pipeline.reader import DamagedError, Reader
+from pipeline.shards import Dataset, DatasetError, index_text, members
 
 Positions = NDArray[np.int64]  # places of samples in the order of the shards, counted from 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subset(Dataset):
-    """A `Dataset` whose indexes lie in another folder than its tars."""
+    """A `Dataset` whose indexes are not those beside its tars."""
 
-    index_folder: Path
+    texts: dict[str, bytes]  # the index of each shard, by its file
 
-    @property
-    def indexes(self) -> list[str]:
-        return [str(self.index_folder / f"{shard.file}.idx") for shard in self.shards]
+    def index_contents(self, shards: Sequence[int]) -> list[bytes]:
+        return [self.texts[self.shards[shard].file] for shard in shards]
 
 
 def keys(dataset: Dataset) -> list[str]:
     """The key of every sample, in the order of the shards."""
-    return [line.rpartition(" ")[2].rpartition(".")[0] for lines in _index_lines(dataset) for line in lines]
+    return [members(line)[0].key for lines in _index_lines(dataset) for line in lines]
 
 
 def labels(dataset: Dataset) -> Positions:
     """The label (N,) of every sample, in the order of the shards: read from the tars, no image is decoded.
 
-    From object storage every tar is fetched, four at a time, each in memory while it is read.
+    Raises DatasetError where there are none, or one is not a class.
     """
-    if not dataset.labelled:
-        raise DatasetError(f"{dataset.address} has no labels; make its shards from class folders")
-
-    def read(tar: str, lines: list[str]) -> list[int]:
-        found = []
-        with opened(tar) as file:
-            for line in lines:
-                words = line.split(" ")  # EXTENSION OFFSET SIZE NAME, again and again
-                at = words.index("cls")
-                file.seek(int(words[at + 1]))
-                found.append(int(file.read(int(words[at + 2]))))
-        return found
-
-    with ThreadPoolExecutor(4) as pool:
-        return np.concatenate([*pool.map(read, dataset.tars, _index_lines(dataset))], dtype=np.int64)
+    reader = Reader(dataset)
+    try:
+        return reader.labels(np.arange(dataset.samples))
+    except DamagedError as error:
+        raise DatasetError(reader.describe(*next(iter(error.faults.items())))) from error
 
 
 def stratified(labels: Positions, share: float, seed: int) -> Positions:
@@ -97,24 +85,23 @@ def named(dataset: Dataset, names: Iterable[str]) -> Positions:
     return np.unique([at[0] for at in found.values()])
 
 
-def write_subset(dataset: Dataset, positions: Sequence[int] | Positions, folder: Path) -> Subset:
-    """The data set of the samples at `positions` alone, its indexes written to the existing `folder`.
+def subset(dataset: Dataset, positions: Sequence[int] | Positions) -> Subset:
+    """The data set of the samples at `positions` alone, in the order of the shards.
 
     Its fingerprint is its own. Shards of which nothing is left are left out.
     """
     chosen = set(np.asarray(positions).tolist())
-    shards, start = [], 0
+    shards, texts, start = [], {}, 0
     for shard, lines in zip(dataset.shards, _index_lines(dataset), strict=True):
         left = [line for i, line in enumerate(lines, start) if i in chosen]
         start += len(lines)
         if left:
-            index = index_text(left)
-            (folder / f"{shard.file}.idx").write_text(index, encoding="ascii")
-            digest = hashlib.sha256(index.encode()).hexdigest()
+            texts[shard.file] = index_text(left).encode()
+            digest = hashlib.sha256(texts[shard.file]).hexdigest()
             shards.append(replace(shard, samples=len(left), index_sha256=digest))
     facts = {field.name: getattr(dataset, field.name) for field in fields(dataset)}
     facts |= {"shards": tuple(shards), "samples": sum(shard.samples for shard in shards)}
-    return Subset(**facts, index_folder=folder)
+    return Subset(**facts, texts=texts)
 
 
 def _by_class(labels: Positions) -> list[Positions]:
@@ -122,4 +109,5 @@ def _by_class(labels: Positions) -> list[Positions]:
 
 
 def _index_lines(dataset: Dataset) -> list[list[str]]:
-    return [index.decode("ascii").splitlines()[1:] for index in fetch(dataset.indexes)]
+    contents = dataset.index_contents(range(len(dataset.shards)))
+    return [index.decode("ascii").splitlines()[1:] for index in contents]

@@ -22,7 +22,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.loader import Batch, Loader, LoaderError, _device_id, build_eval_loader, build_loader
+from pipeline.loader import Batch, Loader, LoaderError, _device_id, build_eval_loader
 from pipeline.shards import Dataset, Sample, Shard, read_dataset
 from pipeline.views import VIEWS, ViewConfig, make_views
 from pipeline.write import write_shards
@@ -74,7 +74,7 @@ def noises(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 def build(dataset: Dataset, batch_size: int = 4, views: ViewConfig = TINY, **options: Any) -> Loader:
-    return build_loader(dataset, views, batch_size, CPU, **{"seed": 5, "num_threads": 1, "shuffle": 6, **options})
+    return Loader(dataset, views, batch_size, CPU, **{"seed": 5, "num_threads": 1, "shuffle": True, **options})
 
 
 def ranks(dataset: Dataset, world_size: int, batch_size: int, **options: Any) -> list[Loader]:
@@ -204,7 +204,7 @@ def write_sorted(out: Path, samples: int, classes: int, shard_size: int) -> Data
 
 def effective_classes(dataset: Dataset, batch_size: int, batches: int, **options: Any) -> list[float]:
     """1 / sum of squared shares of the classes, of each batch: k where k classes are equally frequent."""
-    loader = build_loader(dataset, FLAT, batch_size, CPU, **options)
+    loader = Loader(dataset, FLAT, batch_size, CPU, **options)
     counts = [np.bincount(labels(next(loader))) for _ in range(batches)]
     return [batch_size**2 / float(np.square(count).sum()) for count in counts]
 
@@ -588,7 +588,7 @@ from pipeline.views import make_views
 
 data, views, device = read_dataset(sys.argv[1]), make_views("cifar", {"size": 8}), torch.device("cpu")
 for batch_size, threads in [(64, 1), (192, 2)]:
-    loader = build_loader(data, views, batch_size, device, num_threads=threads)
+    loader = Loader(data, views, batch_size, device, num_threads=threads)
     batches = build_eval_loader(data, views, batch_size, device, num_threads=threads)
     for read in (lambda: [next(loader) for _ in range(192 // batch_size)], lambda: list(batches)):
         try:
@@ -784,7 +784,7 @@ def test_a_loader_that_is_let_go_ends_its_threads(flats: Dataset) -> None:
     assert all_dali_threads_end()
     gc.disable()
     try:
-        loader = build_loader(flats, TINY, 4, CPU, num_threads=3)
+        loader = Loader(flats, TINY, 4, CPU, num_threads=3)
         next(loader)
         assert dali_threads() >= 3
         del loader
@@ -795,7 +795,7 @@ def test_a_loader_that_is_let_go_ends_its_threads(flats: Dataset) -> None:
 
 def test_a_forked_child_leaves_its_parents_loaders_alone(flats: Dataset) -> None:
     """A DataLoader's worker that collected one, which is garbage, would join threads that it has not, and crash."""
-    loader = build_loader(flats, TINY, 4, CPU, num_threads=3)
+    loader = Loader(flats, TINY, 4, CPU, num_threads=3)
     next(loader)
     loader.itself = loader  # type: ignore[attr-defined]
     gc.disable()
@@ -823,7 +823,7 @@ def test_gpu_memory_does_not_grow(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     sizes = rng.integers(40, 500, (512, 2))
     images = [encode(rng.integers(0, 256, (height, width, 3)), "JPEG") for height, width in sizes]
-    loader = build_loader(write(tmp_path / "set", images, shard_size=64), VIEWS["stl10"], 64, torch.device("cuda", 0))
+    loader = Loader(write(tmp_path / "set", images, shard_size=64), VIEWS["stl10"], 64, torch.device("cuda", 0))
     used = []
     for step in range(2000):
         next(loader)
@@ -840,7 +840,7 @@ def test_a_gpus_waiting_is_that_of_its_stream(flats: Dataset) -> None:
     """A loader far ahead of a busy GPU is not waited for, however long the host is; one that is asked at once, is."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    loader = build_loader(flats, FLAT, 4, torch.device("cuda", 0))
+    loader = Loader(flats, FLAT, 4, torch.device("cuda", 0))
     next(loader)
     torch.cuda.synchronize()
     loader.take_wait_s()

@@ -343,13 +343,19 @@ def labels(dataset: "Dataset", queries: "Dataset | None") -> Finding:
 
 
 def first_batch(dataset: "Dataset", config: "TrainConfig", processes: int, device: "torch.device") -> Finding:
-    """The loader opens every shard and gives views; unlike training's it need not fill a shuffle buffer before."""
-    from pipeline.loader import build_loader
+    """The loader reads shards and gives views."""
+    from pipeline.loader import Loader
 
     n = max(1, min(32, dataset.samples // processes))
     start = time.monotonic()
-    loader = build_loader(
-        dataset, config.views, n * processes, device, world_size=processes, shuffle=0, second_views=config.second_views
+    loader = Loader(
+        dataset,
+        config.views,
+        n * processes,
+        device,
+        world_size=processes,
+        shuffle=False,
+        second_views=config.second_views,
     )
     next(loader)
     return ok(f"two views of {n} images in {time.monotonic() - start:.1f} s, start included")
@@ -403,13 +409,13 @@ def steps(dataset: "Dataset", config: "TrainConfig", processes: int) -> Finding:
     """The batch divides into processes and micro-batches, the data fill it, and few images are left over."""
     import torch
 
-    from pipeline.loader import build_loader
+    from pipeline.loader import Loader
 
     if rest := config.batch_size % processes:
         fitting = max(processes, config.batch_size - rest)
         text = f"batch size {config.batch_size} does not divide into {processes} processes"
         return fault(text, f"--batch-size {fitting}")
-    loader = build_loader(
+    loader = Loader(
         dataset,
         config.views,
         config.batch_size,
@@ -574,11 +580,11 @@ class Pace:
 
 def measure(trial: Trial, dataset: "Dataset", config: "TrainConfig", processes: int, device: "torch.device") -> Pace:
     """Load as one of `processes` does, and then train on it. `config` is the run's, its num_threads a process's."""
-    from pipeline.loader import build_loader
+    from pipeline.loader import Loader
 
     part, setup = trial.part, trial.setup
     n = part.micro_batch * part.count
-    loader = build_loader(
+    loader = Loader(
         dataset,
         config.views,
         n * processes,

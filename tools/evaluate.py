@@ -22,7 +22,6 @@ import json
 import math
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -292,33 +291,32 @@ def finetune(
     from torch import nn
 
     from model.probe import zero_linear
-    from pipeline.subset import labels, named, stratified, write_subset
+    from pipeline.subset import labels, named, stratified, subset
 
     chosen, queries = on.labelled()
-    with tempfile.TemporaryDirectory() as folder:
-        if label_list is not None:
-            try:
-                names = label_list.read_text().splitlines()
-            except (OSError, UnicodeDecodeError) as error:
-                raise ValueError(f"--label-list {label_list} cannot be read: {error}") from error
-            chosen = write_subset(chosen, named(chosen, names), Path(folder))
-        elif percent != 100:
-            chosen = write_subset(chosen, stratified(labels(chosen), percent / 100, on.seed), Path(folder))
-        recipe = Recipe(
-            epochs or (60 if chosen.samples < 0.05 * on.sets[0].samples else 30),
-            train_batch or usual_batch(chosen.samples),
-            base_lr,
-            eval_every,
-        )
-        starts = {"pre-trained" if not on.random_init else "random": (on.network, head_of(on.file, head_layers))}
-        if from_scratch:
-            starts["from scratch"] = (fresh(on.network, on.seed), [])
-        curves = {}
-        for name, (network, head) in starts.items():
-            norms = [layer for layer in head if isinstance(layer, nn.BatchNorm1d)]
-            width = norms[-1].num_features if norms else network.num_features
-            network.fc = nn.Sequential(*head, zero_linear(width, on.num_classes))
-            curves[name] = fit(on, name, network.train(), chosen, queries, recipe)
+    if label_list is not None:
+        try:
+            names = label_list.read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--label-list {label_list} cannot be read: {error}") from error
+        chosen = subset(chosen, named(chosen, names))
+    elif percent != 100:
+        chosen = subset(chosen, stratified(labels(chosen), percent / 100, on.seed))
+    recipe = Recipe(
+        epochs or (60 if chosen.samples < 0.05 * on.sets[0].samples else 30),
+        train_batch or usual_batch(chosen.samples),
+        base_lr,
+        eval_every,
+    )
+    starts = {"pre-trained" if not on.random_init else "random": (on.network, head_of(on.file, head_layers))}
+    if from_scratch:
+        starts["from scratch"] = (fresh(on.network, on.seed), [])
+    curves = {}
+    for name, (network, head) in starts.items():
+        norms = [layer for layer in head if isinstance(layer, nn.BatchNorm1d)]
+        width = norms[-1].num_features if norms else network.num_features
+        network.fc = nn.Sequential(*head, zero_linear(width, on.num_classes))
+        curves[name] = fit(on, name, network.train(), chosen, queries, recipe)
     on.say("  epoch  " + "  ".join(f"{name:>12}" for name in curves))
     for rows in zip(*curves.values(), strict=True):
         on.say(f"  {rows[0]['epoch']:>5}  " + "  ".join(f"{100 * row['top1']:>10.2f} %" for row in rows))
@@ -402,13 +400,10 @@ def page(
 
     with one_message("evaluate"):
         check_new(out, ".html")
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            session(encoder, [data], view, batch_size, random_init, seed, precision, out) as on,
-        ):
+        with session(encoder, [data], view, batch_size, random_init, seed, precision, out) as on:
             from tools.page import compose, draw_sample
 
-            dataset = draw_sample(on.sets[0], points, seed, Path(folder))
+            dataset = draw_sample(on.sets[0], points, seed)
             features, _ = on.features(dataset)
             if not on.main:
                 return
@@ -589,9 +584,9 @@ def fit(
 
     from model.probe import train_classifier
     from model.schedule import scaled_lr
-    from pipeline.loader import build_loader
+    from pipeline.loader import Loader
 
-    loader = build_loader(
+    loader = Loader(
         train,
         replace(on.views, jitter_p=0.0, grayscale_p=0.0, blur_p=0.0),
         recipe.batch_size,

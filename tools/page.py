@@ -642,19 +642,19 @@ find("legend")?.childNodes.forEach((button, label) => button.addEventListener("c
 # ---- the command ---------------------------------------------------------------------------------------------------
 
 
-def draw_sample(dataset: "Dataset", count: int, seed: int, folder: Path) -> "Dataset":
-    """`count` images drawn from a data set, with their indexes in the existing `folder`; all, if it has no more.
+def draw_sample(dataset: "Dataset", count: int, seed: int) -> "Dataset":
+    """`count` images drawn from a data set; all, if it has no more.
 
     Raises ValueError for a data set that is too small for a page.
     """
-    from pipeline.subset import write_subset
+    from pipeline.subset import subset
 
     if dataset.samples < FEWEST:
         raise ValueError(f"a page needs at least {FEWEST} images, {dataset.address} has {dataset.samples}")
     if dataset.samples <= count:
         return dataset
     order = np.random.Generator(np.random.Philox(seed)).permutation(dataset.samples)
-    return write_subset(dataset, order[:count], folder)
+    return subset(dataset, order[:count])
 
 
 def compose(

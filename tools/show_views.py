@@ -56,12 +56,12 @@ def grid(
     import torch
     from torchvision.utils import make_grid
 
-    from pipeline.loader import build_eval_loader, build_loader
+    from pipeline.loader import Loader, build_eval_loader
 
     device = torch.device("cpu")
     columns = [next(iter(build_eval_loader(dataset, config, images, device)))[0]]
     for pair in range(pairs):
-        loader = build_loader(dataset, config, images, device, seed=seed + pair, shuffle=0, second_views=second)
+        loader = Loader(dataset, config, images, device, seed=seed + pair, shuffle=False, second_views=second)
         columns += next(loader).views.split(images)
     return make_grid(config.pixels(torch.stack(columns, 1).flatten(0, 1)), nrow=1 + 2 * pairs)
 
