@@ -94,8 +94,9 @@ class _Feed:
         except StopIteration:
             raise self._failure from None
 
-    def encoded(self, number: int) -> Encoded:
-        return next(encoded for given, encoded in self._given if given == number)
+    def encoded(self, number: int) -> Encoded | None:
+        """The batch of this number, if it is one of those given last."""
+        return next((encoded for given, encoded in self._given if given == number), None)
 
 
 class Loader:
@@ -259,10 +260,11 @@ class Loader:
                 break
             except LoaderError:
                 raise
-            except RuntimeError as error:
+            except (RuntimeError, ValueError) as error:
                 self._pipe = None  # it has gone on, and so has what was read for it
                 self._note(run, self._undecodable(run, error))
         encoded = self._feed.encoded(run)
+        assert encoded is not None
         if colours:
             for levels, A, B, out in zip((first, second), colours[::2], colours[1::2], views.chunk(2), strict=True):
                 finish(levels, A, B, self.views, out)
@@ -348,7 +350,7 @@ class Loader:
             advice = f".{before} --skip-damaged N, now {self._skip_damaged}, replaces up to N samples of a run"
             raise LoaderError(_damaged(self._failed(run), faults, self.reader) + advice)
 
-    def _undecodable(self, run: int, error: RuntimeError) -> dict[int, str]:
+    def _undecodable(self, run: int, error: Exception) -> dict[int, str]:
         """The images of a failed batch that do not decode. Raises LoaderError where all do."""
         faults = _undecodable(self._feed.encoded(run), self._encoding, self.device)
         if not faults:
@@ -497,8 +499,9 @@ def build_eval_loader(
             raise LoaderError(
                 _damaged(failed, faults, reader) if faults else f"{failed}: {complaint(error)}"
             ) from error
-        stored = feed.encoded(step).labels
-        labels = torch.full((len(images),), -1) if stored is None else torch.from_numpy(stored)
+        batch = feed.encoded(step)
+        assert batch is not None
+        labels = torch.full((len(images),), -1) if batch.labels is None else torch.from_numpy(batch.labels)
         yield images.clone().permute(0, 3, 1, 2), labels
 
 
@@ -518,7 +521,7 @@ def _damaged(failed: str, faults: Mapping[int, str], reader: Reader) -> str:
     )
 
 
-def _undecodable(encoded: Encoded, encoding: "Encoding", device: torch.device) -> dict[int, str]:
+def _undecodable(encoded: Encoded | None, encoding: "Encoding", device: torch.device) -> dict[int, str]:
     """What is wrong with each image of a batch that DALI does not decode, by the number of its sample.
 
     In Pillow's words, where it refuses too.
@@ -528,7 +531,7 @@ def _undecodable(encoded: Encoded, encoding: "Encoding", device: torch.device) -
     from pipeline.graph import undecodable
 
     faults: dict[int, str] = {}
-    if not isinstance(encoded.images, list):  # pixels
+    if encoded is None or not isinstance(encoded.images, list):  # pixels need no decoder
         return faults
     for i, complaint in undecodable(encoded.images, encoding, _device_id(device)).items():
         sample, content = int(encoded.samples[i]), encoded.images[i].tobytes()

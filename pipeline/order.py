@@ -147,12 +147,12 @@ class Order:
         """The samples that may stand for a damaged one: that of its place in the next batch, in the one after, ...
 
         so from its own lane, and not one of the same batch twice; behind the last batch comes the first one, and after
-        a whole round the next place.
+        all batches the next place.
         """
         positions = self.steps_per_epoch * self.batch_size
         for further in range(1, positions):
-            rounds, at = divmod(position + further * self.batch_size, positions)
-            yield int(self.samples_at(epoch, np.array([(at + rounds) % positions]))[0])
+            at = position + further * self.batch_size + further // self.steps_per_epoch
+            yield int(self.samples_at(epoch, np.array([at % positions]))[0])
 
     def lanes_of(self, start: int, stop: int) -> range:
         """The lanes that places [start, stop) of every batch come from."""

@@ -21,9 +21,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
+from pipeline.index import index_tars
 from pipeline.loader import Batch, Loader, LoaderError, _device_id, build_eval_loader
-from pipeline.shards import Dataset, Sample, Shard, read_dataset
+from pipeline.order import Order
+from pipeline.reader import Reader
+from pipeline.shards import Dataset, Sample, read_dataset
 from pipeline.views import VIEWS, ViewConfig, make_views
 from pipeline.write import write_shards
 from tests.timed import thrice
@@ -117,26 +121,13 @@ def position_of(dataset: Dataset, label: int) -> tuple[Path, dict[str, tuple[int
 # ---- epochs and ranks ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("num", "shard_size", "world_size", "batch_size"),
-    [
-        (23, 5, 1, 4),
-        (23, 5, 2, 4),
-        (23, 5, 3, 6),
-        (23, 5, 4, 8),
-        (22, 7, 3, 3),
-        (29, 3, 4, 4),  # parts of 7, 7, 7 and 8 samples
-        (24, 24, 3, 6),  # nothing is left over
-        (17, 17, 4, 16),  # one batch, parts of 4 and 5
-    ],
-)
-@pytest.mark.parametrize("shuffle", [6, 2048])
+@pytest.mark.parametrize(("num", "shard_size", "batch_size"), [(23, 5, 4), (23, 5, 12), (24, 24, 6), (17, 3, 16)])
 def test_each_sample_comes_at_most_once_an_epoch_and_only_the_last_global_batch_is_dropped(
-    tmp_path: Path, num: int, shard_size: int, world_size: int, batch_size: int, shuffle: int
+    tmp_path: Path, num: int, shard_size: int, batch_size: int
 ) -> None:
-    """Every rank gives num // batch_size batches, no label comes twice, and each of three epochs has its own order."""
+    """num // batch_size batches, each rank its part; no label comes twice; each of three epochs has its own order."""
     data = write(tmp_path / "set", [flat(i) for i in range(num)], shard_size=shard_size)
-    loaders = ranks(data, world_size, batch_size, shuffle=shuffle)
+    loaders = ranks(data, 2, batch_size)
     assert {loader.steps_per_epoch for loader in loaders} == {num // batch_size}
     orders = []
     for epoch in range(3):
@@ -149,57 +140,85 @@ def test_each_sample_comes_at_most_once_an_epoch_and_only_the_last_global_batch_
         assert len(order) == num // batch_size * batch_size
         assert max(Counter(order).values()) == 1
         orders.append(order)
-    # two shuffles of 16 or more samples coincide with probability below 1e-9
+    # two shuffles of 12 or more samples coincide with probability below 1e-8
     assert orders[0] != orders[1] != orders[2] != orders[0]
 
 
-def test_every_sample_is_dropped_in_turn(flats: Dataset) -> None:
-    """3 of 23 are left out of an epoch, others each time: over 20 epochs each sample has come."""
-    loader = build(flats, 10, shuffle=2048)
-    seen = {label for _ in range(2 * 20) for label in labels(next(loader))}
-    assert seen == set(range(NUM))
+def test_labels_and_numbers_are_those_of_the_samples(flats: Dataset) -> None:
+    """A flat image shows which one it is: label, number and colour agree in every batch."""
+    loader, names = build(flats, 4, FLAT), stored(flats)
+    for _ in range(8):
+        batch = next(loader)
+        assert [names[sample] for sample in batch.samples] == labels(batch)
+        for view, label in zip(batch.views, [*labels(batch), *labels(batch)], strict=True):
+            assert view[:, 4, 4].round().int().tolist() == colour(label)
 
 
-@pytest.mark.parametrize("shuffle", [1, 6])
-@pytest.mark.parametrize("epoch", [0, 1])
-def test_the_order_depends_on_the_seed_also_that_of_the_shards(flats: Dataset, shuffle: int, epoch: int) -> None:
-    """With a buffer of one only the order of the shards is drawn; also in the first epoch, and anew in the second."""
-    orders = []
-    for seed in range(4):
-        loader = build(flats, 4, seed=seed, shuffle=shuffle)
-        orders.append([labels(next(loader)) for _ in range(10)])
-        assert orders[-1][:5] != orders[-1][5:]
-    orders = [order[5 * epoch : 5 * epoch + 5] for order in orders]
-    assert sum(a == b for a, b in itertools.combinations(orders, 2)) < 2  # one pair in 5! = 120 agrees by chance
+Keys = list[tuple[int, int, list[int]]]  # epoch, position and samples of each global batch
+
+
+def global_batches(loaders: list[Loader], steps: int) -> tuple[Keys, list[Tensor]]:
+    """The next global batches of all ranks: what they consist of, and the first and the second views of each."""
+    found, views = [], []
+    for _ in range(steps):
+        parts = [next(each) for each in loaders for _ in range(each.local_batch_size // each.micro_batch)]
+        assert len({(part.epoch, part.position) for part in parts}) == 1
+        found.append((parts[0].epoch, parts[0].position, [n for part in parts for n in part.samples.tolist()]))
+        views.append(torch.cat([torch.cat([part.views.chunk(2)[view] for part in parts]) for view in (0, 1)]))
+    return found, views
+
+
+@pytest.mark.parametrize(("window", "lanes"), [(0, 1), (2, 1), (2, 4)])
+def test_global_batches_are_the_same_for_any_number_of_processes_and_micro_batches(
+    tmp_path: Path, window: int, lanes: int
+) -> None:
+    """Two epochs for 1, 2, 3 and 4 ranks, and for micro-batches of the whole, a half and a quarter: samples, order and
+    views, bit by bit."""
+    data = write(tmp_path / "set", [noise(i) for i in range(110)], shard_size=9)
+    options = {"window": window, "lanes": lanes}
+    whole, steps = ranks(data, 1, 24, **options), 2 * (110 // 24)
+    keys, views = global_batches(whole, steps)
+    assert whole[0].steps_per_epoch == 110 // lanes // (24 // lanes)
+    for world_size, parts in [(2, 1), (3, 1), (4, 1), (1, 2), (1, 4), (2, 2), (3, 4)]:
+        others = ranks(data, world_size, 24, micro_batch=24 // world_size // parts, **options)
+        found, made = global_batches(others, steps)
+        assert found == keys
+        assert all(map(torch.equal, made, views))
+
+
+def test_a_run_that_stops_anywhere_goes_on_with_any_number_of_processes(tmp_path: Path) -> None:
+    """Ten stops at random batches of two epochs, each resumed by another number of ranks and micro-batches."""
+    data = write(tmp_path / "set", [noise(i) for i in range(110)], shard_size=9)
+    keys, views = global_batches(ranks(data, 1, 12), 18)
+    rng, at, found, made = np.random.default_rng(3), 0, [], []
+    stops = [*np.sort(rng.choice(np.arange(1, 18), 10, replace=False)).tolist(), 18]
+    state: dict[str, Any] | None = None
+    for number, stop in enumerate(stops):
+        world_size, parts = [(1, 1), (2, 3), (3, 2), (4, 1), (1, 4), (2, 1)][number % 6]
+        loaders = ranks(data, world_size, 12, micro_batch=12 // world_size // parts, num_threads=1 + number % 2)
+        for loader in loaders:
+            if state:
+                loader.load_state_dict(json.loads(json.dumps(state)))
+        more, shown = global_batches(loaders, stop - at)
+        found, made, at = found + more, made + shown, stop
+        states = [json.dumps(loader.state_dict()) for loader in loaders]
+        assert len(set(states)) == 1  # equal on all ranks
+        state = json.loads(states[0])
+    assert found == keys
+    assert all(map(torch.equal, made, views))
 
 
 def write_sorted(out: Path, samples: int, classes: int, shard_size: int) -> Dataset:
-    """Shards whose samples lie in the order of their classes, as those that others wrote may."""
-    image, shards = flat(0), []
+    """Shards of others whose samples lie in the order of their classes, indexed where they lie."""
     out.mkdir()
-    for file, start in ((f"sorted-{i:06d}.tar", i * shard_size) for i in range(samples // shard_size)):
-        with tarfile.open(out / file, "w", format=tarfile.USTAR_FORMAT) as tar:
-            lines = []
-            for i in range(start, start + shard_size):
-                line = []
-                for extension, content in (("cls", b"%d" % (i * classes // samples)), ("png", image)):
+    for first in range(0, samples, shard_size):
+        with tarfile.open(out / f"sorted-{first // shard_size:06d}.tar", "w") as tar:
+            for i in range(first, first + shard_size):
+                for extension, content in (("cls", b"%d" % (i * classes // samples)), ("png", flat(0))):
                     member = tarfile.TarInfo(f"{i:08d}.{extension}")
                     member.size = len(content)
-                    line.append(f"{extension} {tar.offset + 512} {len(content)} {member.name}")
                     tar.addfile(member, io.BytesIO(content))
-                lines.append(" ".join(line))
-        (out / f"{file}.idx").write_text("\n".join([f"v1.2 {len(lines)}", *lines, ""]))
-        shards.append(Shard(file=file, samples=shard_size, bytes=0, sha256="", index_sha256=""))
-    return Dataset(
-        root=out,
-        name="sorted",
-        samples=samples,
-        classes=tuple(str(i) for i in range(classes)),
-        extensions=("png",),
-        options={"max_pixels": 1000},
-        counts={},
-        shards=tuple(shards),
-    )
+    return index_tars([out], out.with_name("indexed"))
 
 
 def effective_classes(dataset: Dataset, batch_size: int, batches: int, **options: Any) -> list[float]:
@@ -209,25 +228,17 @@ def effective_classes(dataset: Dataset, batch_size: int, batches: int, **options
     return [batch_size**2 / float(np.square(count).sum()) for count in counts]
 
 
-def test_how_well_batches_are_mixed(tmp_path: Path) -> None:
-    """Effective classes of a batch: make_shards' batches are as mixed as random draws, those of sorted shards are not.
-
-    ImageNet's proportions at 1/16: shards of 1000 that each hold one class, batches of 512, the buffer of 2048. Sorted
-    shards that others wrote give about a quarter of the classes of random draws, in the first epoch as in later ones.
-    """
-    samples, classes, shard, batch_size, buffer = 1920, 30, 64, 32, 128
+def test_batches_of_class_sorted_shards_are_as_mixed_as_random_draws(tmp_path: Path) -> None:
+    """ImageNet's proportions at 1/16: shards that each hold one class, in tars that others wrote."""
+    samples, classes, shard, batch_size = 1920, 30, 64, 32
     ideal = 1 / (1 / classes + (1 - 1 / classes) / batch_size)
-    images = [Sample(f"{i}", i * classes // samples, flat(0)) for i in range(samples)]
-    names = [str(i) for i in range(classes)]
-    mixed = write_shards(images, tmp_path / "mixed", classes=names, shard_size=shard)
-    assert np.mean(effective_classes(mixed, batch_size, 60, shuffle=buffer)) > 0.95 * ideal
-    ordered = effective_classes(write_sorted(tmp_path / "sorted", samples, classes, shard), 32, 120, shuffle=buffer)
-    for epoch in (ordered[:60], ordered[60:]):
-        assert 0.2 * ideal < np.mean(epoch) < 0.35 * ideal
+    found = effective_classes(write_sorted(tmp_path / "sorted", samples, classes, shard), batch_size, 120)
+    for epoch in (found[:60], found[60:]):
+        assert np.mean(epoch) > 0.95 * ideal
 
 
 def test_without_shuffle_batches_follow_the_shards(flats: Dataset) -> None:
-    loader = build(flats, 4, shuffle=0)
+    loader = build(flats, 4, shuffle=False)
     for _ in range(2):
         assert [label for _ in range(NUM // 4) for label in labels(next(loader))] == stored(flats)[: NUM // 4 * 4]
 
@@ -239,38 +250,9 @@ def test_the_same_arguments_give_the_same_batches_with_any_number_of_threads(noi
 
 def test_another_seed_gives_other_views(noises: Dataset) -> None:
     """Also of the same samples in the same order."""
-    a, b = next(build(noises, shuffle=0)), next(build(noises, shuffle=0, seed=6))
+    a, b = next(build(noises, shuffle=False)), next(build(noises, shuffle=False, seed=6))
     assert labels(a) == labels(b)
     assert not torch.equal(a.views, b.views)
-
-
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_views_of_a_position_do_not_depend_on_the_ranks(tmp_path: Path, world_size: int) -> None:
-    """24 copies of one image: rank r of W makes rows r n / W ... of the views that one rank alone makes, bit by bit."""
-    data = write(tmp_path / "set", [noise(0)] * 24)
-    one, many = build(data, 6), ranks(data, world_size, 6)
-    for _ in range(6):
-        whole = next(one)
-        parts = [next(loader) for loader in many]
-        assert {(part.epoch, part.position) for part in parts} == {(whole.epoch, whole.position)}
-        first, second = (torch.cat([part.views.chunk(2)[view] for part in parts]) for view in (0, 1))
-        assert torch.equal(torch.cat([first, second]), whole.views)
-        assert len(torch.unique(whole.views.flatten(1), dim=0)) == 12  # and no two of them are alike
-
-
-@pytest.mark.parametrize(("micro_batch", "world_size"), [(1, 1), (2, 1), (3, 1), (2, 2)])
-def test_micro_batches_are_the_whole_batch_in_parts(noises: Dataset, micro_batch: int, world_size: int) -> None:
-    """Bit by bit, labels too, over three epochs; what is dropped at an epoch's end is dropped in parts."""
-    wholes = ranks(noises, world_size, 6 if world_size == 1 else 8)
-    split = ranks(noises, world_size, 6 if world_size == 1 else 8, micro_batch=micro_batch)
-    for whole, parts in zip(wholes, split, strict=True):
-        for _ in range(3 * whole.steps_per_epoch):
-            batch = next(whole)
-            taken = [next(parts) for _ in range(whole.local_batch_size // micro_batch)]
-            assert {(part.epoch, part.position) for part in taken} == {(batch.epoch, batch.position)}
-            assert [label for part in taken for label in labels(part)] == labels(batch)
-            first, second = (torch.cat([part.views.chunk(2)[view] for part in taken]) for view in (0, 1))
-            assert torch.equal(torch.cat([first, second]), batch.views)
 
 
 def test_micro_batches_that_do_not_divide_the_batch_are_refused(flats: Dataset) -> None:
@@ -355,29 +337,29 @@ def test_waiting_is_measured_from_one_asking_to_the_next(flats: Dataset) -> None
 @thrice
 def test_the_next_batch_is_made_while_this_one_is_used(flats: Dataset) -> None:
     """0.3 s of loading in 0.6 s of computing are not waited for; the position is that of the batch in use."""
-    whole, loader = Loader._run, build(flats)
+    read, loader = Reader.read, build(flats)
 
-    def slow(self: Loader, pipe: Any) -> Any:
+    def slow(self: Reader, samples: Any) -> Any:
         time.sleep(0.3)
-        return whole(self, pipe)
+        return read(self, samples)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Loader, "_run", slow)
-        for run in (1, 2, 3):
+        patch.setattr(Reader, "read", slow)
+        next(loader)
+        for run in range(2, 5):
             start = time.perf_counter()
             next(loader)
-            took = time.perf_counter() - start
-            assert took > 0.3 if run == 1 else took < 0.2
+            assert time.perf_counter() - start < 0.2 or run < 4  # DALI asks for three batches before the first
             time.sleep(0.6)
-            assert loader.state_dict()["runs"] == run
+            assert loader.state_dict()["position"] == 4 * run
 
 
 # ---- position ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("world_size", "rank", "shuffle"), [(1, 0, 6), (1, 0, 0), (2, 1, 2048), (3, 2, 1)])
+@pytest.mark.parametrize(("world_size", "rank", "shuffle"), [(1, 0, True), (1, 0, False), (3, 2, True)])
 def test_a_position_comes_back_exactly_at_every_step_of_three_epochs(
-    noises: Dataset, world_size: int, rank: int, shuffle: int
+    noises: Dataset, world_size: int, rank: int, shuffle: bool
 ) -> None:
     """Through JSON into a new loader: mid-epoch, at an epoch's end, and every later batch across further ends."""
     options: dict[str, Any] = {"batch_size": 3 * world_size, "world_size": world_size, "rank": rank, "shuffle": shuffle}
@@ -427,35 +409,28 @@ def test_the_dataset_may_have_moved(noises: Dataset, tmp_path: Path) -> None:
 
 
 def test_a_position_of_another_stream_is_refused_naming_what_differs(noises: Dataset, tmp_path: Path) -> None:
-    """Each argument that a position depends on, alone, and the loader stays usable."""
+    """Each argument that decides the stream, alone, and the loader stays usable."""
     loader = build(noises, 6, world_size=3, rank=1)
     next(loader)
     state = json.loads(json.dumps(loader.state_dict()))
     other = write(tmp_path / "set", [noise(i + 1) for i in range(NUM)])
     views = dataclasses.replace(TINY, flip_p=0.25)
-    for device, told in (("cuda", "cuda"), (None, "nothing")):  # nothing was saved before it was part of a position
-        elsewhere = {**state, "identity": {k: v for k, v in state["identity"].items() if k != "device"}}
-        elsewhere["identity"] |= {"device": device} if device else {}
-        with pytest.raises(ValueError, match=f"batches; device: {told} saved, cpu now$"):
-            loader.load_state_dict(elsewhere)
-    same: dict[str, Any] = {"dataset": noises, "batch_size": 6, "world_size": 3, "rank": 1}
-    changes: list[tuple[dict[str, Any], list[str]]] = [
-        ({"dataset": other}, ["dataset", noises.fingerprint, other.fingerprint]),
-        ({"batch_size": 3}, ["batch_size", "6", "3"]),
-        ({"world_size": 2}, ["world_size", "3", "2"]),
-        ({"rank": 2}, ["rank", "1", "2"]),
-        ({"views": views}, ["views", "flip_p", "0.5", "0.25"]),
-        ({"seed": 6}, ["seed", "5", "6"]),
-        ({"shuffle": 7}, ["shuffle", "6", "7"]),
-    ]
-    for change, names in changes:
-        fresh = build(**{**same, **change})
-        with pytest.raises(ValueError, match=names[0]) as caught:
+    changes: dict[str, tuple[Any, list[str]]] = {
+        "dataset": (other, [noises.fingerprint, other.fingerprint]),
+        "batch_size": (3, ["6", "3"]),
+        "views": (views, ["flip_p", "0.5", "0.25"]),
+        "seed": (6, ["5", "6"]),
+        "shuffle": (False, ["True", "False"]),
+        "window": (2, ["5", "2"]),
+        "lanes": (3, ["1", "3"]),
+    }
+    for name, (value, told) in changes.items():
+        fresh = build(**{"dataset": noises, "batch_size": 6, "world_size": 3, "rank": 1, name: value})
+        with pytest.raises(ValueError, match=f"{name}: ") as caught:
             fresh.load_state_dict(state)
         message = str(caught.value)
-        assert all(name in message for name in names), message
-        others = {"dataset", "batch_size", "world_size", "rank", "views", "seed", "shuffle"} - {names[0]}
-        assert not [name for name in others if f"{name}:" in message], message
+        assert all(each in message for each in told), message
+        assert not [each for each in changes.keys() - {name} if f"{each}:" in message], message
         assert next(fresh).position == 0
     assert state == json.loads(json.dumps(state))  # and the caller's state is left as it was
 
@@ -491,7 +466,7 @@ def test_threads_precision_and_folder_are_no_part_of_a_position(noises: Dataset)
     ("batch_size", "world_size", "names"),
     [
         (24, 1, ["23 samples", "24"]),
-        (24, 4, ["23 samples", "24", "5 per rank", "6 needed"]),
+        (24, 4, ["23 samples", "24"]),
         (5, 2, ["5", "2 ranks"]),
         (2, 3, ["2", "3 ranks"]),
         (0, 1, ["0"]),
@@ -561,28 +536,69 @@ def test_a_shard_damaged_after_the_check_ends_in_one_message_naming_rank_batch_a
     A caller that went on would train on other samples than the position says, and out of step with the other ranks.
     """
     data = write(tmp_path / "set", [noise(i) for i in range(16)], shard_size=4)
-    part = stored(data)[8 * rank : 8 * rank + 8]
-    path, members = position_of(data, part[5])  # in the third batch of this rank
+    order = stored(data)
+    part = [order[4 * step + 2 * rank : 4 * step + 2 * rank + 2] for step in range(4)]
+    path, members = position_of(data, part[2][1])  # in the third batch of this rank
     path.write_bytes(damage(bytearray(path.read_bytes()), members))
-    loader = build(data, 4, rank=rank, world_size=2, shuffle=0)
-    assert [labels(next(loader)) for _ in range(2)] == [part[:2], part[2:4]]
+    loader = build(data, 4, rank=rank, world_size=2, shuffle=False)
+    assert [labels(next(loader)) for _ in range(2)] == part[:2]
     for _ in range(3):
         with pytest.raises(LoaderError) as caught:
             next(loader)
         message = str(caught.value)
-        sample = f"{path.name}.idx" if damage is cut_off else f"{8 * rank + 5:08d}-{part[5]}"
-        names = (f"rank {rank}", "batch 2 of epoch 0", str(path), sample, "make_shards.py verify")
+        sample = f"{8 + 2 * rank + (damage is not cut_off):08d}-{part[2][damage is not cut_off]}"
+        names = (f"rank {rank}", "batch 2 of epoch 0", str(data.root), f"{path.name}:{sample}", "make_shards.py verify")
         assert all(name in message for name in names), message
-        assert "graph.py" not in message  # the reader's complaint, not where our code called it
+        assert "graph.py" not in message  # what is wrong, not where our code met it
         assert message.count("\n") == 0
-    with pytest.raises(LoaderError):
-        loader.state_dict()  # there is no position to come back to
+    assert loader.state_dict()["position"] == 8  # where a run can go on when the shard has been mended
+
+
+@DAMAGES
+def test_damaged_samples_are_replaced_up_to_a_number(tmp_path: Path, damage: Callable[..., bytearray]) -> None:
+    """By the next sound one of the order, `Order.substitutes`; the views are those of the position, on any number of
+    ranks; the same after a resume that knows nothing of the damage."""
+    data = write(tmp_path / "set", [noise(i) for i in range(40)], shard_size=4)
+    sound = ranks(data, 1, 8)
+    keys, views = global_batches(sound, 10)
+    order = Order([4] * 10, 8, seed=5)
+    first = keys[2][2][3]  # replaced by the same place in the next batch, which is damaged too
+    bad = [first, keys[3][2][3]]
+    names = stored(data)
+    places = [position_of(data, names[sample]) for sample in bad]
+    for path, members in places if damage is not cut_off else places[:1]:
+        path.write_bytes(damage(bytearray(path.read_bytes()), members))
+    if damage is cut_off:  # the rest of its shard is gone as well, all but what lies before
+        bad = list(range(first // 4 * 4, first // 4 * 4 + 4))
+    expected = [
+        [
+            n if n not in bad else next(m for m in order.substitutes(epoch, at + i) if m not in bad)
+            for i, n in enumerate(these)
+        ]
+        for epoch, at, these in keys
+    ]
+    for world_size in (1, 2):
+        loaders = ranks(data, world_size, 8, skip_damaged=len(bad))
+        found, made = global_batches(loaders, 10)
+        assert [these for _, _, these in found] == expected
+        for (_, _, old), (_, _, new), before, after in zip(keys, found, views, made, strict=True):
+            same = torch.tensor([a == b for a, b in zip(old, new, strict=True)] * 2)
+            assert torch.equal(before[same], after[same])
+            assert bool(same.all()) == (old == new)
+        met = set.union(*(set(loader.damaged) for loader in loaders))
+        assert met == set(bad)
+    state = sound[0].state_dict() | {"epoch": 0, "position": 32}
+    resumed = build(data, 8, skip_damaged=len(bad))
+    resumed.load_state_dict(state)
+    assert [next(resumed).samples.tolist() for _ in range(6)] == expected[4:]
+    with pytest.raises(LoaderError, match="--skip-damaged N, now"):
+        global_batches(ranks(data, 1, 8, skip_damaged=len(bad) - 1), 10)
 
 
 READ_TO_THE_END = """
 import sys
 import torch
-from pipeline.loader import LoaderError, build_eval_loader, build_loader
+from pipeline.loader import Loader, LoaderError, build_eval_loader
 from pipeline.shards import read_dataset
 from pipeline.views import make_views
 
@@ -615,7 +631,7 @@ def test_a_damaged_header_in_a_large_batch_is_an_error_naming_the_sample_and_no_
     path.write_bytes(shard)
     done = subprocess.run([sys.executable, "-c", READ_TO_THE_END, data.root], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    named = f"{path}:{offset}:00000191-{label}.{extension}"
+    named = f"{path.name}:00000191-{label} does not"
     assert [named in line for line in done.stdout.splitlines()] == [True] * 4, done.stdout
 
 
@@ -648,8 +664,8 @@ def test_a_missing_shard_ends_in_one_message_naming_it(tmp_path: Path) -> None:
     Path(data.tars[2]).unlink()
     loader = build(data)
     for _ in range(2):
-        with pytest.raises(LoaderError, match=f"{Path(data.tars[2]).name}.*make_shards.py verify"):
-            next(loader)
+        with pytest.raises(LoaderError, match=f"{Path(data.tars[2]).name}:.*make_shards.py verify"):
+            list(loader)
 
 
 @DAMAGES
