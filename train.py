@@ -530,7 +530,7 @@ def _train(
         window=config.window or before.get("window") or min(WINDOW if remote else num_shards, num_shards),
         lanes=config.lanes or before.get("lanes") or (max(1, world_size // local_world_size()) if remote else 1),
     )
-    if changed := checkpoint.differences(before, asdict(config), FREE) if saved else []:
+    if changed := checkpoint.differences(saved["config"], asdict(config), FREE) if saved else []:
         raise RunError(
             f"{newest} cannot go on with other settings ({'; '.join(changed)}): give the old, or a new --out"
         )
