@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("pipeline", "model", "tools", "benchmarks")
 HOMES = {  # library: the files that may import it
     "accelerate": {"train.py", "tools/evaluate.py"},  # what joins data and model, on one process or many
-    "nvidia": {"pipeline/graph.py", "pipeline/store.py", "pipeline/loader.py"},  # the loader for a type only
+    "nvidia": {"pipeline/graph.py", "pipeline/loader.py"},  # the loader for a type only
+    "obstore": {"pipeline/store.py"},
     "webdataset": {"pipeline/write.py"},
     "safetensors": {"model/checkpoint.py"},
     "triton": {"model/nt_xent_triton.py"},
