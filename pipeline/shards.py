@@ -196,6 +196,8 @@ def read_dataset(path: str | Path, *, check: bool = True) -> Dataset:
         intact = intact and "\0" not in dataset.tars_at and all(_lies_inside(dataset, shard.file) for shard in shards)
         intact = intact and all(isinstance(shard.quarantined, int) for shard in shards)  # it is part of a file name
     except (FileNotFoundError, NotADirectoryError) as error:
+        if remote:
+            raise DatasetError(f"cannot read {file}: {error.strerror}") from error
         inside = sorted(str(found.parent) for found in root.glob("*/dataset.json"))
         hint = f"Did you mean {' or '.join(inside)}?" if inside else remake
         reason = "it has no dataset.json" if root.exists() else "it does not exist"
