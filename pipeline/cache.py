@@ -3,8 +3,8 @@
 The folder holds KEY-BYTES.shard, whole and checked, and KEY-BYTES.part, being fetched; KEY is a hash of the shard's
 address and sha256, so no other data set and no changed shard ever takes its place. Who fetches holds a lock (flock) on
 the part; who needs a shard soon, or has it open, holds a shared lock on it. The kernel releases the locks of a killed
-process, so what it leaves is seen for what it is. What is done under the lock of the file `lock` takes milliseconds:
-making room, and beginning a part.
+process, so what it leaves is seen for what it is. What changes names holds the lock of the file `lock`, for
+milliseconds: making room, beginning a part, and renaming it to a shard.
 """
 
 import errno
@@ -75,6 +75,7 @@ class Cache:
         self._wanted: dict[str, _Item] = {}  # by name, in order of need: of `prefetch`, and not yet asked for
         self._kept: dict[str, int] = {}  # those of them that are here: descriptors under a shared lock
         self._busy: set[str] = set()  # those that a thread of ours looks after
+        self._requests: set[Future[memoryview]] = set()  # in flight
         self._threads: list[threading.Thread] = []
         self._closed = False
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -131,18 +132,24 @@ class Cache:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Prefetch no more. What is being fetched is finished in the background, or with the process left."""
+        """Fetch no more: what is on its way is given up, and what is on disk stays there."""
         self.prefetch([])
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+            for request in self._requests:
+                request.cancel()
+        for thread in self._threads:
+            thread.join()
 
     # ---- ahead of need
 
     def _work(self) -> None:
         """What a thread does: bring the first wanted shard that nobody fetches yet, again and again."""
-        while not self._closed:
+        while True:
             with self._changed:
+                if self._closed:
+                    return
                 for name in [name for name, descriptor in self._kept.items() if not os.fstat(descriptor).st_nlink]:
                     self._let_go(name)  # another process had to delete it
                 first = list(self._wanted.values())[:AHEAD]
@@ -156,7 +163,7 @@ class Cache:
                     continue
             except _NoRoom:
                 pause_s = 0.5
-            except CancelledError:  # the process ends
+            except CancelledError:  # the cache is closed, or the process ends
                 return
             with self._changed:
                 self._changed.wait(pause_s)
@@ -227,7 +234,8 @@ class Cache:
             return None
         try:
             self._fetch(item, descriptor, patience_s)
-            part.rename(self._file(item))
+            with self._locked():  # or a listing of the folder might see neither name
+                part.rename(self._file(item))
             fcntl.flock(descriptor, fcntl.LOCK_SH)
             return self._opened(item)
         except BaseException:
@@ -279,18 +287,26 @@ class Cache:
 
     def _contents(self, item: _Item, patience_s: float) -> Iterator[memoryview]:
         """The parts of a shard, in order, several requests in flight."""
-        requests = deque[Future[memoryview]]()
+        begun = deque[Future[memoryview]]()
         try:
             for offset in range(0, item.size, PART):
                 size = min(PART, item.size - offset)
-                requests.append(begin_range(item.address, offset, size, file_size=item.size, patience_s=patience_s))
-                if len(requests) == PARTS_AT_ONCE:
-                    yield requests.popleft().result()
-            while requests:
-                yield requests.popleft().result()
+                with self._changed:
+                    if self._closed:
+                        raise CancelledError(f"the cache in {self.folder} is closed")
+                    begun.append(begin_range(item.address, offset, size, file_size=item.size, patience_s=patience_s))
+                    self._requests.add(begun[-1])
+                if len(begun) == PARTS_AT_ONCE:
+                    yield begun[0].result()
+                    self._requests.discard(begun.popleft())
+            while begun:
+                yield begun[0].result()
+                self._requests.discard(begun.popleft())
         finally:
-            for request in requests:
+            for request in begun:
                 request.cancel()
+            with self._changed:
+                self._requests -= set(begun)
 
     # ---- the folder
 
