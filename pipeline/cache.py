@@ -87,9 +87,9 @@ class Cache:
 
         size    bytes, as the manifest has it
         sha256  of the whole shard; "" where it is not known: then only the size is checked
-        Another process may delete the file to make room before it is opened: `open` cannot lose it. Raises OSError
-        naming the shard where it cannot be fetched, or is another than expected, and ValueError if it is larger than
-        the cache.
+        A prefetch, or another process, may delete the file to make room before the caller opens it; `open` cannot
+        lose it. Raises OSError naming the shard where it cannot be fetched, or is not the expected one, and ValueError
+        if it is larger than the cache.
         """
         os.close(self.open(address, size, sha256))
         return self._file(_Item(address, size, sha256))
