@@ -40,12 +40,12 @@ from tools import one_message
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
-    from pipeline.cache import Cache
     from torch import Tensor, nn
 
     from model.encoder import Encoder
     from model.large_batch import Plan
     from model.simclr import SimCLR
+    from pipeline.cache import Cache
     from pipeline.shards import Dataset
 
 KNN_BANK = 100_000  # samples that vote in the kNN of a running training; shards are shuffled, so the first ones serve
@@ -314,10 +314,21 @@ def share_of_cores() -> int:
     return max(1, len(os.sched_getaffinity(0)) // local_world_size())
 
 
-def shard_cache(config: TrainConfig) -> "Cache":
-    """Where shards from object storage are kept."""
+def shard_cache(config: TrainConfig, dataset: "Dataset", world_size: int) -> "Cache | None":
+    """Where shards from object storage are kept, None for those on a disk. RunError where two windows have no room."""
     from pipeline.cache import Cache, default_cache_folder
+    from pipeline.store import is_remote
 
+    if not is_remote(dataset.tars_address):
+        return None
+    lanes = math.ceil(config.lanes * local_world_size() / world_size)  # of this node
+    window = sum(sorted(shard.bytes for shard in dataset.shards)[-config.window :])
+    if (needed := 2 * lanes * window / 2**30) > config.cache_gib:
+        raise RunError(
+            f"--cache-gib {config.cache_gib:g} is too little for the shards in use and the next ones: windows of "
+            f"{config.window} shards, two of each of this node's {lanes} lane(s), take up to {needed:.3g} GiB. Allow "
+            "more, or lower --window"
+        )
     return Cache(Path(config.cache) if config.cache else default_cache_folder(), int(config.cache_gib * 2**30))
 
 
@@ -524,7 +535,7 @@ def _train(
         # Left open, the micro-batch stays what it was, however much memory there is now.
         fits = config.batch_size // world_size % before["micro_batch"] == 0
         config = replace(config, micro_batch=config.micro_batch or (before["micro_batch"] if fits else 0))
-    remote, num_shards = is_remote(dataset.address), len(dataset.shards)
+    remote, num_shards = is_remote(dataset.tars_address), len(dataset.shards)
     config = replace(
         config,
         window=config.window or before.get("window") or min(WINDOW if remote else num_shards, num_shards),
@@ -549,7 +560,7 @@ def _train(
         lanes=config.lanes,
         second_views=config.second_views,
         skip_damaged=config.skip_damaged,
-        cache=shard_cache(config) if remote else None,
+        cache=shard_cache(config, dataset, world_size),
     )
     loader_of(micro_batch=config.micro_batch)  # a batch that does not divide is refused before a GPU is asked what fits
 

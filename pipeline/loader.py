@@ -170,6 +170,7 @@ class Loader:
         self.dataset, self.views, self.device, self.rank, self.world_size = dataset, views, device, rank, world_size
         self._num_threads, self._half, self._second_views = num_threads, half, second_views
         self._hw_decoder_load, self._cache = hw_decoder_load, cache
+        self._near: tuple[int, dict[int, range]] | None = None  # epoch and windows that the cache was asked for last
         self._damaged: dict[int, str] = {}  # samples that were replaced, and what is wrong with each
         self._skip_damaged = skip_damaged
         self._noting = threading.Lock()
@@ -366,19 +367,19 @@ class Loader:
     def _bring(self, epoch: int, step: int) -> None:
         """Have the cache fetch the shards of the windows that a batch reads from, and of the next ones."""
         assert self._cache is not None
-        start = self.rank * self.local_batch_size
-        for lane in self._order.lanes_of(start, start + self.local_batch_size):
-            window = self._order.window_of(epoch, lane, step)
-            if self._brought.get(lane) == (epoch, window):
-                continue
-            self._brought[lane] = epoch, window
-            windows = self._order.shards_of(epoch, lane)
-            near = [*windows, *self._order.shards_of(epoch + 1, lane)[:1]][window : window + 2]
-            self._cache.prefetch(self.reader.file(shard) for part in near for shard in part)
-
-    @cached_property
-    def _brought(self) -> dict[int, tuple[int, int]]:
-        return {}
+        start, order = self.rank * self.local_batch_size, self._order
+        lanes = {
+            lane: order.windows_of(epoch, lane, step) for lane in order.lanes_of(start, start + self.local_batch_size)
+        }
+        if self._near == (epoch, lanes):
+            return
+        self._near = epoch, lanes
+        near = [  # by turns: every lane's next window is needed at about the same time
+            [*order.shards_of(epoch, lane), *order.shards_of(epoch + 1, lane)[:1]][windows.start : windows.stop + 1]
+            for lane, windows in lanes.items()
+        ]
+        shards = [shard for part in itertools.zip_longest(*near, fillvalue=()) for window in part for shard in window]
+        self._cache.prefetch(map(self.reader.file, self.reader.keep(shards)))
 
     @cached_property
     def reader(self) -> Reader:

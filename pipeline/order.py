@@ -163,10 +163,11 @@ class Order:
         laid = self._lane(epoch, lane)
         return [part.tolist() for part in np.split(laid.shards, laid.pieces[1:-1])]
 
-    def window_of(self, epoch: int, lane: int, step: int) -> int:
-        """The number of the last window of a lane that batch `step` takes samples from."""
-        last = (step + 1) * self._from_each - 1
-        return int(np.searchsorted(self._lane(epoch, lane).windows, last, "right")) - 1
+    def windows_of(self, epoch: int, lane: int, step: int) -> range:
+        """The numbers of the windows of a lane that batch `step` takes samples from."""
+        ends = np.array([step, step + 1]) * self._from_each - [0, 1]
+        first, last = (np.searchsorted(self._lane(epoch, lane).windows, ends, "right") - 1).tolist()
+        return range(first, last + 1)
 
     def _in_lane(self, epoch: int, lane: int, places: Numbers) -> Numbers:
         laid = self._lane(epoch, lane)

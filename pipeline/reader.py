@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 Bytes = NDArray[np.uint8]
 MAX_OPEN = 512  # tars; a process may usually open 1,024 files
 READERS = 4  # threads that read parts of a batch, where it is large: a disk in a network answers many at a time
+REQUESTS = 16  # at a time, where every shard is one
 PART = 1 << 23  # bytes of a batch that are worth a thread
 DIGITS = 9  # of a label at most
 
@@ -56,7 +57,8 @@ class Reader:
     def __init__(self, dataset: Dataset, cache: "Cache | None" = None) -> None:
         """cache: where whole shards of object storage are kept; None reads ranges of them."""
         self.dataset, self.cache = dataset, cache
-        self._tars, self._remote = dataset.tars, is_remote(dataset.tars[0])
+        self._tars = dataset.tars
+        self._by_ranges = is_remote(self._tars[0]) and not cache
         self._starts = np.concatenate([[0], np.cumsum([shard.samples for shard in dataset.shards], dtype=np.int64)])
         self._located = np.zeros(len(dataset.shards), bool)
         # Of each sample: where it begins in its tar, and where in it label and image are. Filled shard by shard, so
@@ -66,7 +68,7 @@ class Reader:
         self._locating = threading.Lock()
         self._open: OrderedDict[int, BinaryIO] = OrderedDict()
         self._opening = threading.Lock()
-        self._pool = ThreadPoolExecutor(READERS, "reader")
+        self._pool = ThreadPoolExecutor(REQUESTS if self._by_ranges else READERS, "reader")
 
     def shards(self, samples: Numbers) -> Numbers:
         """The shard of each sample."""
@@ -87,6 +89,13 @@ class Reader:
     def file(self, shard: int) -> tuple[str, int, str]:
         """Address, bytes and sha256 of a tar."""
         return self._tars[shard], self.dataset.shards[shard].bytes, self.dataset.shards[shard].sha256
+
+    def keep(self, shards: Sequence[int]) -> list[int]:
+        """Close all other tars, for a cache deletes none that is open; those of these shards that are not open now."""
+        with self._opening:
+            for shard in self._open.keys() - set(shards):
+                del self._open[shard]
+            return [shard for shard in dict.fromkeys(shards) if shard not in self._open]
 
     def read(self, samples: Numbers) -> Encoded:
         """Raises DamagedError for samples that are not there, whole and with a label of a class; OSError, DatasetError.
@@ -176,23 +185,31 @@ class Reader:
         filled = np.cumsum([len(rows[i]) for i in order.tolist()])
         num = int(min(READERS, filled[-1] // PART + 1))
         parts = np.split(order, np.searchsorted(filled, filled[-1] // num * np.arange(1, num), "right"))
+        if self._by_ranges:  # each shard of a part is a request, and takes long
+            parts = [of_shard for part in parts for of_shard in self._by_shard(part, shards)]
 
         def fill(part: NDArray[np.intp]) -> None:
-            for of_shard in np.split(part, np.flatnonzero(np.diff(shards[part])) + 1):
-                if len(of_shard):
-                    shard, here = int(shards[of_shard[0]]), [rows[i] for i in of_shard.tolist()]
-                    fault = self._fill_from(shard, samples[of_shard].tolist(), places[of_shard].tolist(), here)
-                    faults.update(fault)
+            for of_shard in self._by_shard(part, shards):
+                shard, here = int(shards[of_shard[0]]), [rows[i] for i in of_shard.tolist()]
+                fault = self._fill_from(shard, samples[of_shard].tolist(), places[of_shard].tolist(), here)
+                faults.update(fault)
 
-        if num == 1:
+        if len(parts) == 1:
             fill(parts[0])
         else:
             list(self._pool.map(fill, parts))
 
+    @staticmethod
+    def _by_shard(part: NDArray[np.intp], shards: Numbers) -> list[NDArray[np.intp]]:
+        return [same for same in np.split(part, np.flatnonzero(np.diff(shards[part])) + 1) if len(same)]
+
     def _fill_from(self, shard: int, samples: list[int], places: list[int], rows: Sequence[Bytes]) -> dict[int, str]:
         """Read the rows from one tar; what is wrong with samples, by their numbers."""
-        if self._remote and not self.cache:
-            contents = read_ranges(self._tars[shard], places, [len(row) for row in rows])
+        if self._by_ranges:
+            try:
+                contents = read_ranges(self._tars[shard], places, [len(row) for row in rows])
+            except FileNotFoundError:
+                return dict.fromkeys(samples, "cannot be read: its shard is not there")
             for row, content in zip(rows, contents, strict=True):
                 row[:] = np.frombuffer(content, np.uint8)
             return {}
@@ -216,9 +233,9 @@ class Reader:
                 self._open.move_to_end(shard)
                 return file
         told = self.dataset.shards[shard]
-        path = self.cache.path(*self.file(shard)) if self.cache else self._tars[shard]
         try:
-            file = open(path, "rb", buffering=0)  # noqa: SIM115
+            place = self.cache.open(*self.file(shard)) if self.cache else self._tars[shard]
+            file = open(place, "rb", buffering=0)  # noqa: SIM115
         except OSError as error:
             if error.errno not in NOT_THERE:
                 raise

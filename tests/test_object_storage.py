@@ -26,10 +26,10 @@ import tools.make_shards
 from model.checkpoint import export_encoder
 from model.encoder import build_encoder
 from pipeline.audit import verify
-from pipeline.loader import LoaderError, build_eval_loader, build_loader
+from pipeline.loader import Loader, LoaderError, build_eval_loader
 from pipeline.shards import Dataset, DatasetError, Sample, read_dataset
 from pipeline.store import address, fetch, opened, read_ranges
-from pipeline.subset import keys, labels, named, stratified, write_subset
+from pipeline.subset import keys, labels, named, stratified, subset
 from pipeline.write import write_shards
 from tests import test_ugly
 from tests.slow_store import slow_store
@@ -352,11 +352,11 @@ def test_a_store_that_does_not_answer_is_an_error_and_no_hang(
 
 def test_training_and_evaluation_read_the_same_bits_as_from_the_folder(remote: Dataset, local: Dataset) -> None:
     """Views and labels of two epochs, from a restored position on too; a position is good for either place."""
-    here, there = (build_loader(data, TINY, 6, CPU, num_threads=1, shuffle=6) for data in (local, remote))
+    here, there = (Loader(data, TINY, 6, CPU, num_threads=1) for data in (local, remote))
     for i in range(4):
         if i == 3:
             state = here.state_dict()
-            there = build_loader(remote, TINY, 6, CPU, num_threads=1, shuffle=6)
+            there = Loader(remote, TINY, 6, CPU, num_threads=1)
             there.load_state_dict(state)
         a, b = next(here), next(there)
         assert torch.equal(a.views, b.views)
@@ -381,7 +381,7 @@ def test_a_tar_that_cannot_be_read_ends_in_a_loader_error_naming_it(store: Store
         store.put(f"tars/{shard}", content[:1024])
     else:
         store.put(f"tars/{shard}", content.replace(b"IHDR", b"IXXX"))
-    batches = build_loader(data, TINY, 16, CPU, num_threads=1, shuffle=6)
+    batches = Loader(data, TINY, 16, CPU, num_threads=1)
     with pytest.raises(LoaderError, match=shard):
         next(batches)
 
@@ -389,30 +389,26 @@ def test_a_tar_that_cannot_be_read_ends_in_a_loader_error_naming_it(store: Store
 # ---- parts of a data set, and evaluations
 
 
-def test_a_subset_of_it_is_that_of_the_folder(remote: Dataset, local: Dataset, tmp_path: Path) -> None:
+def test_a_subset_of_it_is_that_of_the_folder(remote: Dataset, local: Dataset) -> None:
     """Keys, labels, names, and what the loader reads through indexes on the disk of tars in the store."""
     assert keys(remote) == keys(local)
     np.testing.assert_array_equal(labels(remote), labels(local))
     chosen = stratified(labels(remote), 0.5, seed=1)
     np.testing.assert_array_equal(named(remote, [keys(local)[i] for i in chosen]), chosen)
     pairs = []
-    for name, data in (("local", local), ("remote", remote)):
-        (tmp_path / name).mkdir()
-        subset = write_subset(data, chosen, tmp_path / name)
-        assert subset.samples == 8
-        assert keys(subset) == [keys(local)[i] for i in chosen]
-        np.testing.assert_array_equal(labels(subset), labels(local)[chosen])
-        pairs.append(list(build_eval_loader(subset, TINY, 5, CPU)))
+    for data in (local, remote):
+        part = subset(data, chosen)
+        assert part.samples == 8
+        assert keys(part) == [keys(local)[i] for i in chosen]
+        np.testing.assert_array_equal(labels(part), labels(local)[chosen])
+        pairs.append(list(build_eval_loader(part, TINY, 5, CPU)))
     for (images, digits), (others, found) in zip(*pairs, strict=True):
         assert torch.equal(images, others)
         assert torch.equal(digits, found)
 
 
-def test_evaluations_read_it_as_they_read_the_folder(
-    remote: Dataset, local: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_evaluations_read_it_as_they_read_the_folder(remote: Dataset, local: Dataset, tmp_path: Path) -> None:
     """The features of all and the fine-tuning on a share of it, from the command line."""
-    monkeypatch.setattr("pipeline.loader.build_loader", partial(build_loader, shuffle=6))  # 2048 are as many requests
     torch.manual_seed(0)
     facts = {"mean": TINY.mean, "std": TINY.std, "interpolation": "bilinear", "crop_pct": 1.0}
     export_encoder(tmp_path / "encoder", build_encoder(18, width=0.125), image_size=8, **facts, training={})
