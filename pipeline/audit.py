@@ -78,8 +78,8 @@ def verify(
     sample of an index lies in its tar, whole and under its key and extension, its label, and with `images`, or where a
     tar is not the one that was written, that every image decodes. A name is taken from the header before the content;
     where that one differs, as it does for names too long for it, from the extended headers too.
-    progress is called as progress(samples done, samples in all) after each shard. A remote tar is in memory while a
-    worker reads it, and never on the disk. Raises DatasetError if there is no manifest to go by.
+    progress is called as progress(samples done, samples in all) after each shard. A remote tar is read in parts of a
+    few MiB and never kept. Raises DatasetError if there is no manifest to go by.
     """
     dataset = read_dataset(path, check=False)
     faults: list[Fault] = []

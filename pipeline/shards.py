@@ -173,7 +173,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_dataset(path: str | Path, *, check: bool = True) -> Dataset:
-    """Read the manifest in folder `path`, or s3:// or gs:// prefix, and check every tar and index against it.
+    """Read the manifest in folder `path`, or below an address in object storage, and check tars and indexes against it.
 
     Tars are checked by size, indexes by content; no tar is opened, so this takes well under a second for 1,282 shards
     and does not see a flipped bit. In object storage, where objects appear whole, only the indexes are checked.

@@ -275,7 +275,7 @@ def _client(scheme: str, root: str, settings: tuple[tuple[str, str], ...]) -> An
     try:
         from obstore.store import GCSStore, HTTPStore, S3Store
     except ImportError as error:
-        text = f"{scheme}://{root} is read through obstore, which is missing: pip install 'swiftclr[cloud]'"
+        text = f"{scheme}://{root} is read through obstore, which is missing: pip install obstore"
         raise OSError(errno.ENOPKG, text) from error
     named = dict(settings)
     endpoints = [named.get(name, "") for name in ("AWS_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")]

@@ -321,8 +321,7 @@ def verify(
 ) -> None:
     """Read shards from end to end: sizes, hashes, indexes against tars, labels, and images on request.
 
-    Every fault is printed with its shard and key. Exit code 0: none; 1: some; 2: there is no manifest to go by. A tar
-    in object storage is fetched once, whole, into memory: --workers bounds how many at a time.
+    Every fault is printed with its shard and key. Exit code 0: none; 1: some; 2: there is no manifest to go by.
     """
     from tools import one_message
 
