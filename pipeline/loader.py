@@ -383,7 +383,7 @@ class Loader:
 
     @cached_property
     def reader(self) -> Reader:
-        return Reader(self.dataset, self._cache)
+        return Reader(self.dataset, self._cache, again=True)
 
     @cached_property
     def _encoding(self) -> "Encoding":
