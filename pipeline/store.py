@@ -9,7 +9,7 @@ All requests run on one thread's event loop, so that callers can be interrupted 
 """
 
 import asyncio
-import atexit
+import concurrent.futures.thread  # noqa: F401  registers its own end before ours
 import errno
 import functools
 import io
@@ -205,6 +205,10 @@ def _begin(
     address: str, place: str, ask: Callable[[Any, str], Awaitable[Result]], patience_s: float
 ) -> "Future[Result]":
     """Start ask(store, path) on the event loop. `place` says in errors what was asked for."""
+    if _ending.is_set():
+        cancelled: Future[Result] = Future()
+        cancelled.cancel()
+        return cancelled
     return asyncio.run_coroutine_threadsafe(_patiently(address, place, ask, patience_s), _loop())
 
 
@@ -312,7 +316,7 @@ def _slots() -> asyncio.Semaphore:
     return asyncio.Semaphore(CONNECTIONS)
 
 
-_starting = threading.Lock()
+_starting, _ending = threading.Lock(), threading.Event()
 
 
 def _loop() -> asyncio.AbstractEventLoop:
@@ -333,11 +337,13 @@ def _started_loop() -> asyncio.AbstractEventLoop:
         loop.stop()
 
     def stop() -> None:
-        """obstore's threads must not call back into an interpreter that is ending."""
+        """obstore's threads must not call back into an interpreter that is ending, and nobody wait for an answer."""
+        _ending.set()
         ending: Coroutine[Any, Any, None] = cancel_all()
         asyncio.run_coroutine_threadsafe(ending, loop)
         thread.join(timeout=2.0)
 
     thread.start()
-    atexit.register(stop)
+    # Before concurrent.futures waits for its threads, which may wait for an answer: the last registered goes first.
+    threading._register_atexit(stop)  # type: ignore[attr-defined]
     return loop

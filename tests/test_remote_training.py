@@ -1,6 +1,9 @@
 """Training from object storage: the batches of the folder, each node fetching its part of the shards, once."""
 
 import json
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +20,7 @@ from tests.slow_store import SlowStore, slow_store
 from tests.test_loader import TINY, global_batches, noise, write
 from tests.test_train import TINY as SMALL_RUN
 
+ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 SHARDS, BATCH = 40, 16
 
@@ -98,6 +102,34 @@ def test_a_store_that_dies_and_comes_back_loses_nothing(store: SlowStore, local:
     expected = global_batches([here], steps)
     assert (found + more) == expected[0]
     assert all(map(torch.equal, made + shown, expected[1]))
+
+
+LOAD = """
+import sys, torch
+from pipeline.cache import Cache
+from pipeline.loader import Loader
+from pipeline.shards import read_dataset
+from pipeline.views import make_views
+
+options = {"window": 2, "cache": Cache(sys.argv[2], 2**30)}
+for batch in Loader(read_dataset(sys.argv[1]), make_views("cifar", {"size": 8}), 16, torch.device("cpu"), **options):
+    print(batch.position, flush=True)
+"""
+
+
+def test_ctrl_c_ends_a_loader_that_waits_for_a_store(store: SlowStore, tmp_path: Path) -> None:
+    """Not after the five minutes for which requests are tried again."""
+    command = [sys.executable, "-c", LOAD, f"{store.url}/set", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "0\n"
+        store.kill()
+        time.sleep(3)  # what had come by then has been used
+        start = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+        assert time.monotonic() - start < 10
+        assert "KeyboardInterrupt" in said
 
 
 def test_a_run_trains_from_a_store_and_goes_on_from_the_folder(
