@@ -8,10 +8,8 @@ unrounded oracle that leaves half a level each time, multiplied by what colour d
 import colorsys
 import io
 import math
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,80 +19,70 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.colour import finish
-from pipeline.graph import Reader, plain_view, two_views
-from pipeline.shards import Dataset, Sample
+from pipeline.graph import Encoding, plain_view, two_views
 from pipeline.views import ATTEMPTS, OPERATIONS, VIEWS, Draws, ViewConfig, draw, make_views
-from pipeline.write import write_shards
 from tests.oracles import views as oracle
 
 LEVELS = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}  # views come out in grey levels
 Bytes = NDArray[np.uint8]
 
 
-def encode(image: Bytes, format: str = "PNG", **options: Any) -> bytes:
+def encode(image: Bytes, format: str = "PNG", **options: Any) -> Bytes:
+    return saved(Image.fromarray(image), format, **options)
+
+
+def saved(image: Image.Image, format: str, **options: Any) -> Bytes:
     file = io.BytesIO()
-    Image.fromarray(image).save(file, format, **options)
-    return file.getvalue()
-
-
-def shard(folder: Path, images: Sequence[bytes]) -> Dataset:
-    """Images in the order given; the label of each is its place."""
-    samples = [Sample(f"{i}", i, image) for i, image in enumerate(images)]
-    data = write_shards(samples, folder / "set", classes=[str(i) for i in range(len(images))], shard_size=1000)
-    return data
-
-
-def reader(dataset: Dataset) -> Reader:
-    return Reader(
-        tars=dataset.tars, indexes=dataset.indexes, image_ext=";".join(dataset.extensions), labelled=dataset.labelled
-    )
-
-
-def labels(digits: Any) -> list[int]:
-    return [int(bytes(row).rstrip(b"\0")) for row in np.asarray(digits.as_array())]
-
-
-def permute(draws: Draws, order: list[int]) -> Draws:
-    return Draws(**{name: getattr(draws, name)[order] for name in vars(draws)})
+    image.save(file, format, **options)
+    return np.frombuffer(file.getvalue(), np.uint8)
 
 
 def views(
-    dataset: Dataset, config: ViewConfig, draws: tuple[Draws, Draws], *, half: bool = False
+    images: Sequence[Bytes], config: ViewConfig, draws: tuple[Draws, Draws], *, half: bool = False
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Both views of all images; row i is the image with label i, drawn as row i of `draws`.
+    """Both views of all encoded images; row i is of image i, drawn as row i of `draws`.
 
     Where the loader finishes them by torch on CPUs, that gives the same: to a hundredth of a level, and a unit in the
     last place of float16.
     """
-    probe = plain_view(reader(dataset), VIEWS["cifar"], batch_size=dataset.samples, device_id=None, num_threads=1)
-    order = labels(probe.run()[1])
-    fed = permute(draws[0], order), permute(draws[1], order)
-    asked: dict[str, Any] = {"batch_size": dataset.samples, "device_id": None, "num_threads": 2}
-    graph = two_views(reader(dataset), config, lambda _: fed, half=half, **asked)
-    first, second, digits = graph.run()
-    assert labels(digits) == order
-    back = np.argsort(order)
-    made = np.array(first.as_array())[back], np.array(second.as_array())[back]
+    first, second = run_two(images, config, draws, half=half)
+    made = np.array(first), np.array(second)
     unchanged = all((view.colour == np.eye(3)).all() for view in draws)  # as drawn where nothing recolours
     if config.ends_in_colour and (config.recolours or unchanged):
-        graph = two_views(reader(dataset), config, lambda _: fed, levels=True, **asked)
-        levels = [torch.from_dlpack(output.as_tensor()) for output in graph.run()[:-1]]
+        levels = [torch.from_numpy(output) for output in run_two(images, config, draws, levels=True)]
         for i, view in enumerate(made):
             finished = finish(levels[i], levels[2 + 2 * i], levels[3 + 2 * i], config)
             exact = 2**-11 * np.abs(view) if half else 0
-            assert (np.abs(finished.numpy()[back] - view) <= exact + 0.01 / 255 / min(config.std)).all()
+            assert (np.abs(finished.numpy() - view) <= exact + 0.01 / 255 / min(config.std)).all()
     return made
 
 
-def copies(folder: Path, image: Bytes, config: ViewConfig, *, seed: int, num: int) -> list[NDArray[Any]]:
-    """Both views of one image, made `num` times in batches of 250: the reader fills a batch with its last sample."""
-    data, each = shard(Path(tempfile.mkdtemp(dir=folder)), [encode(image)]), 250
+def run_two(
+    images: Sequence[Bytes], config: ViewConfig, draws: tuple[Draws, Draws], device: int | None = None, **options: Any
+) -> list[NDArray[Any]]:
+    """The outputs of `two_views` for one batch of all images."""
+    asked: dict[str, Any] = {"batch_size": len(images), "device_id": device, "num_threads": 2, **options}
+    graph = two_views(Encoding(), config, lambda _: list(images), lambda _: draws, **asked)
+    return [np.array(output.as_cpu().as_array()) for output in graph.run()]
+
+
+def run_plain(images: Sequence[Bytes], config: ViewConfig, device: int | None = None) -> NDArray[Any]:
+    """The output of `plain_view` for one batch of all images."""
+    asked: dict[str, Any] = {"batch_size": len(images), "device_id": device, "num_threads": 1}
+    (made,) = plain_view(Encoding(), config, lambda _: list(images), **asked).run()
+    return np.array(made.as_cpu().as_array())
+
+
+def copies(image: Bytes, config: ViewConfig, *, seed: int, num: int) -> list[NDArray[Any]]:
+    """Both views of one image, made `num` times in batches of 250."""
+    encoded, each = encode(image), 250
 
     def drawn(batch: int) -> tuple[Draws, Draws]:
         return draw(config, seed=seed, epoch=0, position=batch * each, n=each)
 
-    graph = two_views(reader(data), config, drawn, batch_size=each, device_id=None, num_threads=2)
-    batches = [[np.array(out.as_array()) for out in graph.run()[:2]] for _ in range(num // each)]
+    asked: dict[str, Any] = {"batch_size": each, "device_id": None, "num_threads": 2}
+    graph = two_views(Encoding(), config, lambda _: [encoded] * each, drawn, **asked)
+    batches = [[np.array(out.as_array()) for out in graph.run()] for _ in range(num // each)]
     return [np.concatenate(view) for view in zip(*batches, strict=True)]
 
 
@@ -192,14 +180,14 @@ def extremes() -> list[Bytes]:
 
 @pytest.mark.parametrize("preset", ["imagenet", "cifar", "stl10"])
 @pytest.mark.parametrize("images", [photos, extremes])
-def test_views_equal_the_oracle(tmp_path: Path, preset: str, images: Any) -> None:
+def test_views_equal_the_oracle(preset: str, images: Any) -> None:
     """Crop, flip, blur, colour as drawn for 4 x 6 images, both views; every pixel within `allowed`.
 
     Each of the operations is used and left out at least once, so none can be skipped or swapped unseen.
     """
     config = make_views(preset, {**LEVELS, "size": min(VIEWS[preset].size, 96)})
     pictures = 4 * images()
-    data = shard(tmp_path, [encode(image) for image in pictures])
+    data = [encode(image) for image in pictures]
     drawn = draw(config, seed=2, epoch=1, position=0, n=len(pictures))
     for draws, got in zip(drawn, views(data, config, drawn), strict=True):
         assert {0, 1} == set(draws.mirror)
@@ -211,7 +199,7 @@ def test_views_equal_the_oracle(tmp_path: Path, preset: str, images: Any) -> Non
 
 
 @pytest.mark.parametrize(("preset", "images"), [("stl10", photos), ("cifar", extremes)])
-def test_reference_views_equal_the_authors_operations_one_by_one(tmp_path: Path, preset: str, images: Any) -> None:
+def test_reference_views_equal_the_authors_operations_one_by_one(preset: str, images: Any) -> None:
     """Crop in whole pixels, flip, the operations in the order drawn, clipped after each, blur over black.
 
     Nothing is rounded to levels. DALI reads the cubic kernel from a table and is up to 0.25 levels off before colour,
@@ -220,7 +208,7 @@ def test_reference_views_equal_the_authors_operations_one_by_one(tmp_path: Path,
     """
     config = make_views(preset, {**LEVELS, "profile": "reference", "size": min(VIEWS[preset].size, 48)})
     pictures = 3 * images()
-    data = shard(tmp_path, [encode(image) for image in pictures])
+    data = [encode(image) for image in pictures]
     drawn = draw(config, seed=2, epoch=1, position=0, n=len(pictures))
     for draws, got in zip(drawn, views(data, config, drawn), strict=True):
         assert set(draws.order[:, 0]) == set(range(5))
@@ -233,18 +221,18 @@ def test_reference_views_equal_the_authors_operations_one_by_one(tmp_path: Path,
         assert max(each.max() for each in other) > 20
 
 
-def test_cubic_views_equal_the_oracle(tmp_path: Path) -> None:
+def test_cubic_views_equal_the_oracle() -> None:
     """Antialiased cubic as Pillow's BICUBIC (a = -0.5); its overshoot is clipped before colour, as by Pillow."""
     config = make_views("cifar", {**LEVELS, "interpolation": "cubic", "jitter_p": 0.0, "grayscale_p": 0.0})
     pictures = 2 * photos()
-    data = shard(tmp_path, [encode(image) for image in pictures])
+    data = [encode(image) for image in pictures]
     drawn = draw(config, seed=3, epoch=0, position=0, n=len(pictures))
     for draws, got in zip(drawn, views(data, config, drawn), strict=True):
         for i, image in enumerate(pictures):
             assert np.abs(got[i] - expected(image, config, draws, i).clip(0, 255)).max() <= allowed(config, draws, i)
 
 
-def test_resizing_is_that_of_pillow(tmp_path: Path) -> None:
+def test_resizing_is_that_of_pillow() -> None:
     """The drawn window, in fractions of pixels, resized by Pillow: at most one level apart.
 
     The graph rounds once and Pillow twice, after either pass: half a level each, and a difference of two whole levels
@@ -252,7 +240,7 @@ def test_resizing_is_that_of_pillow(tmp_path: Path) -> None:
     """
     config = make_views("cifar", {**LEVELS, "size": 48, "jitter_p": 0.0, "grayscale_p": 0.0, "flip_p": 0.0})
     pictures = photos()
-    data = shard(tmp_path, [encode(image) for image in pictures])
+    data = [encode(image) for image in pictures]
     drawn = draw(config, seed=8, epoch=0, position=0, n=len(pictures))
     got = views(data, config, drawn)[0]
     for i, image in enumerate(pictures):
@@ -270,15 +258,15 @@ def test_resizing_is_that_of_pillow(tmp_path: Path) -> None:
 # ---- one step at a time --------------------------------------------------------------------------------------------
 
 
-def test_a_view_that_changes_nothing_is_the_image(tmp_path: Path) -> None:
+def test_a_view_that_changes_nothing_is_the_image() -> None:
     """The whole image at its own size, identity colour, window 1, no flip: every bit the same."""
     image = noise(64, 64)
     config = make_views("imagenet", {**LEVELS, "size": 64})
-    for view in views(shard(tmp_path, [encode(image)]), config, (plain(1), plain(1))):
+    for view in views([encode(image)], config, (plain(1), plain(1))):
         np.testing.assert_array_equal(view[0], image)
 
 
-def test_the_crop_is_the_first_candidate_that_fits_to_a_fifth_of_a_pixel(tmp_path: Path) -> None:
+def test_the_crop_is_the_first_candidate_that_fits_to_a_fifth_of_a_pixel() -> None:
     """On a ramp of 1 level per pixel a line through the view gives both ends of the window.
 
     88 values rounded to whole levels (standard deviation 0.29) give the intercept to 0.29 * 2 / sqrt(88) = 0.06, the
@@ -296,7 +284,7 @@ def test_the_crop_is_the_first_candidate_that_fits_to_a_fifth_of_a_pixel(tmp_pat
     offset = rng.random((num, 2))
     config = make_views("cifar", {**LEVELS, "size": size})
     draws = plain(num, height=height, width=width, offset=offset)
-    got = views(shard(tmp_path, num * [encode(image)]), config, (plain(num), draws))[1]
+    got = views(num * [encode(image)], config, (plain(num), draws))[1]
     start = (1 - shape) * offset * side
     inner = slice(4, -4)  # beside the window the kernel sees the image, at its border it does not
     position = (np.arange(size) + 0.5) / size
@@ -308,9 +296,7 @@ def test_the_crop_is_the_first_candidate_that_fits_to_a_fifth_of_a_pixel(tmp_pat
 
 
 @pytest.mark.parametrize(("height", "width"), [(200, 10), (10, 200), (64, 63), (96, 64)])
-def test_without_a_candidate_that_fits_the_crop_is_the_largest_central_one(
-    tmp_path: Path, height: int, width: int
-) -> None:
+def test_without_a_candidate_that_fits_the_crop_is_the_largest_central_one(height: int, width: int) -> None:
     """Of 200 x 10 the central 13.3 x 10, of 10 x 200 the central 10 x 13.3, of 64 x 63 all, of 96 x 64 85.3 x 64.
 
     The offset must not matter, so it is 0.9; within half a level of the exact resize.
@@ -325,25 +311,25 @@ def test_without_a_candidate_that_fits_the_crop_is_the_largest_central_one(
     config = make_views("cifar", LEVELS)
     much = np.full((1, ATTEMPTS), 1.5 * np.sqrt(max(height, width) / min(height, width)))
     draws = plain(1, width=much, height=much, offset=[[0.9, 0.9]])
-    got = views(shard(tmp_path, [encode(image)]), config, (draws, draws))[0][0]
+    got = views([encode(image)], config, (draws, draws))[0][0]
     assert np.abs(got - oracle.resize(image.astype(float), box, (32, 32))).max() <= 0.51
 
 
-def test_colour_of_a_flat_image_is_exact_to_rounding(tmp_path: Path) -> None:
+def test_colour_of_a_flat_image_is_exact_to_rounding() -> None:
     """A flat image is its own mean: A c + B c, rounded, whatever is cropped; and clipped to 0 and 255."""
     config = make_views("imagenet", {**LEVELS, "size": 32, "blur_p": 0.0})
     num = 60
     colours = np.random.default_rng(5).integers(0, 256, (num, 3))
     images = [np.broadcast_to(c, (40, 50, 3)).astype(np.uint8) for c in colours]
     drawn = draw(config, seed=1, epoch=0, position=0, n=num)
-    for draws, got in zip(drawn, views(shard(tmp_path, [encode(i) for i in images]), config, drawn), strict=True):
+    for draws, got in zip(drawn, views([encode(i) for i in images], config, drawn), strict=True):
         exact = np.einsum("nij,nj->ni", draws.colour.astype(float) + draws.mean_colour, colours).clip(0, 255)
         assert np.ptp(got, axis=(1, 2)).max() == 0
         assert np.abs(got[:, 0, 0] - exact).max() <= 0.501
         assert (exact == 255).any()
 
 
-def test_contrast_turns_about_the_mean_of_the_crop_and_not_of_the_image(tmp_path: Path) -> None:
+def test_contrast_turns_about_the_mean_of_the_crop_and_not_of_the_image() -> None:
     """Contrast 0 leaves only the mean grey: that of the bright half where that is cropped, to half a level."""
     image = np.zeros((64, 64, 3), np.uint8)
     image[:, 32:] = 200, 100, 50
@@ -357,12 +343,12 @@ def test_contrast_turns_about_the_mean_of_the_crop_and_not_of_the_image(tmp_path
         mean_colour=only_mean[None],
     )
     config = make_views("imagenet", {**LEVELS, "size": 32})
-    got = views(shard(tmp_path, [encode(image)]), config, (draws, plain(1)))[0]
+    got = views([encode(image)], config, (draws, plain(1)))[0]
     assert np.abs(got - oracle.LUMA @ (200, 100, 50)).max() <= 0.5
 
 
 @pytest.mark.parametrize(("sigma", "window"), [(0.1, 3), (0.7, 7), (1.3, 9), (2.0, 13), (2.0, 3), (1.9, 23)])
-def test_the_blur_of_an_impulse_is_the_gaussian_with_its_window(tmp_path: Path, sigma: float, window: int) -> None:
+def test_the_blur_of_an_impulse_is_the_gaussian_with_its_window(sigma: float, window: int) -> None:
     """A white pixel on black, far from and at the border: 255 times the taps' product, to two roundings.
 
     A white line gives sigma back: within 3 %, since cutting at 3 sigma takes 1.4 % of it and rounding some more.
@@ -372,7 +358,7 @@ def test_the_blur_of_an_impulse_is_the_gaussian_with_its_window(tmp_path: Path, 
     image[:, 33, 2] = 255
     config = make_views("imagenet", {**LEVELS, "size": 64, "blur_kernel": 0.4})
     draws = plain(1, sigma=[sigma], window=[window])
-    got = views(shard(tmp_path, [encode(image)]), config, (draws, plain(1)))
+    got = views([encode(image)], config, (draws, plain(1)))
     assert np.abs(got[0][0] - oracle.blur(image.astype(float), sigma, window)).max() <= 1.01
     np.testing.assert_array_equal(got[1][0], image)  # window 1 beside it
     if sigma > 0.5 and window >= 6 * sigma:
@@ -382,7 +368,7 @@ def test_the_blur_of_an_impulse_is_the_gaussian_with_its_window(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("profile", ["fast", "reference"])
-def test_the_flip_is_exact_whatever_else_is_done(tmp_path: Path, profile: str) -> None:
+def test_the_flip_is_exact_whatever_else_is_done(profile: str) -> None:
     """The mirrored view is the other one reversed left to right, with everything else drawn alike.
 
     But for the order in which sums are taken, which may round one value in a thousand to the next level; and with
@@ -391,11 +377,11 @@ def test_the_flip_is_exact_whatever_else_is_done(tmp_path: Path, profile: str) -
     config = make_views("imagenet", {**LEVELS, "profile": profile, "size": 64})
     drawn = draw(config, seed=6, epoch=0, position=0, n=6)[0]
     flipped, straight = (Draws(**{**vars(drawn), "mirror": np.full(6, value, np.int32)}) for value in (1, 0))
-    first, second = views(shard(tmp_path, [encode(image) for image in photos()]), config, (flipped, straight))
+    first, second = views([encode(image) for image in photos()], config, (flipped, straight))
     bare = make_views(config, {"jitter_p": 0.0, "grayscale_p": 0.0, "blur_p": 0.0})
     identity = {"colour": plain(6).colour, "mean_colour": plain(6).mean_colour}
     both = (replace(flipped, **identity), replace(straight, **identity))
-    cropped, mirrored = views(shard(tmp_path / "bare", [encode(image) for image in photos()]), bare, both)
+    cropped, mirrored = views([encode(image) for image in photos()], bare, both)
     off = np.abs(cropped - mirrored[:, :, ::-1])
     assert np.quantile(off, 0.999) < 1e-3
     assert off.max() <= 1
@@ -406,14 +392,14 @@ def test_the_flip_is_exact_whatever_else_is_done(tmp_path: Path, profile: str) -
 
 
 @pytest.mark.parametrize("profile", ["fast", "reference"])
-def test_the_blur_comes_before_colour_and_in_the_authors_profile_after_it(tmp_path: Path, profile: str) -> None:
+def test_the_blur_comes_before_colour_and_in_the_authors_profile_after_it(profile: str) -> None:
     """Gain 4 clips a white pixel on dark grey, before or after it is spread: the two differ by far."""
     image = np.full((32, 32, 3), 20, np.uint8)
     image[16, 16] = 255
     config = make_views("imagenet", {**LEVELS, "profile": profile, "size": 32, "blur_kernel": 0.25})
     gain = {"colour": 4 * np.eye(3)[None], "order": [[0, 4, 4, 4]], "factors": [[4, 1, 1, 0]]}
     draws = plain(1, **gain, sigma=[1.0], window=[7])
-    got = views(shard(tmp_path, [encode(image)]), config, (draws, draws))[0][0]
+    got = views([encode(image)], config, (draws, draws))[0][0]
     border = "constant" if profile == "reference" else "reflect"
     coloured_first = oracle.blur((4 * image.astype(float)).clip(0, 255), 1.0, 7, border)
     blurred_first = (4 * oracle.blur(image.astype(float), 1.0, 7)).clip(0, 255)
@@ -422,20 +408,20 @@ def test_the_blur_comes_before_colour_and_in_the_authors_profile_after_it(tmp_pa
     assert np.abs(got - other).max() > 50
 
 
-def test_normalisation_is_per_channel_in_float32(tmp_path: Path) -> None:
+def test_normalisation_is_per_channel_in_float32() -> None:
     """(x / 255 - mean) / std with the preset's numbers, on all 256 levels of each channel, to 1e-6."""
     levels = np.stack([np.arange(256), np.arange(256)[::-1], np.roll(np.arange(256), 77)], 1).reshape(16, 16, 3)
     config = make_views("cifar", {"size": 16})
-    got = views(shard(tmp_path, [encode(levels.astype(np.uint8))]), config, (plain(1), plain(1)))[0]
+    got = views([encode(levels.astype(np.uint8))], config, (plain(1), plain(1)))[0]
     assert got.dtype == np.float32
     want = oracle.normalise(levels.astype(float), (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616))
     np.testing.assert_allclose(got[0], want, rtol=0, atol=1e-6)
 
 
-def test_half_views_are_the_float_views_rounded_to_half(tmp_path: Path) -> None:
+def test_half_views_are_the_float_views_rounded_to_half() -> None:
     """Normalised in float32, then rounded once: within half a unit in the last place of float16, 2**-11 relative."""
     config = VIEWS["stl10"]
-    data = shard(tmp_path, [encode(image) for image in photos()])
+    data = [encode(image) for image in photos()]
     drawn = draw(config, seed=7, epoch=0, position=0, n=6)
     for full, half in zip(views(data, config, drawn), views(data, config, drawn, half=True), strict=True):
         assert (full.dtype, half.dtype) == (np.float32, np.float16)
@@ -443,18 +429,17 @@ def test_half_views_are_the_float_views_rounded_to_half(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"profile": "reference"}, {"cutout_p": 0.5}])
-def test_levels_of_views_that_do_not_end_in_colour_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
-    data, config = shard(tmp_path, [encode(noise(8, 8))]), make_views("cifar", changes)
-    asked: dict[str, Any] = {"batch_size": 1, "device_id": None, "num_threads": 1, "levels": True}
+def test_levels_of_views_that_do_not_end_in_colour_are_refused(changes: dict[str, Any]) -> None:
+    config = make_views("cifar", changes)
     with pytest.raises(ValueError, match="do not end in colour"):
-        two_views(reader(data), config, lambda _: (plain(1), plain(1)), **asked)
+        run_two([encode(noise(8, 8))], config, (plain(1), plain(1)), levels=True)
 
 
-def test_options_that_are_off_leave_their_operation_out(tmp_path: Path) -> None:
+def test_options_that_are_off_leave_their_operation_out() -> None:
     """No jitter and no grayscale: no colour. No blur: no blur, even where the draws ask for them."""
     image = noise(32, 32)
     loud = plain(1, colour=np.zeros((1, 3, 3)), sigma=[2.0], window=[13])
-    data = shard(tmp_path, [encode(image)])
+    data = [encode(image)]
     off = {**LEVELS, "size": 32, "jitter_p": 0.0, "grayscale_p": 0.0, "blur_kernel": 0.5}
     np.testing.assert_array_equal(views(data, make_views("cifar", off), (loud, loud))[0][0], image)
     only_blur = views(data, make_views("imagenet", off), (loud, loud))[0][0]
@@ -470,20 +455,20 @@ BARE = {**LEVELS, "size": 32, "jitter_p": 0.0, "grayscale_p": 0.0, "blur_p": 0.0
 
 @pytest.mark.parametrize("profile", ["fast", "reference"])
 @pytest.mark.parametrize("angle", [0, 90, 180, 270])
-def test_rotation_is_by_whole_quarters_and_moves_every_pixel_exactly(tmp_path: Path, profile: str, angle: int) -> None:
+def test_rotation_is_by_whole_quarters_and_moves_every_pixel_exactly(profile: str, angle: int) -> None:
     """NumPy's rot90 turns the same way, counterclockwise; the view beside it stays. Cubic at scale 1 is exact too."""
     image = noise(32, 32)
     config = make_views("cifar", {**BARE, "profile": profile, "rotation_p": 1.0})
-    turned, rest = views(shard(tmp_path, [encode(image)]), config, (plain(1, angle=[angle]), plain(1)))
+    turned, rest = views([encode(image)], config, (plain(1, angle=[angle]), plain(1)))
     np.testing.assert_allclose(turned[0], np.rot90(image, angle // 90), rtol=0, atol=1e-3)
     np.testing.assert_allclose(rest[0], image, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("profile", ["fast", "reference"])
-def test_solarize_and_sobel_equal_the_oracle_where_they_are_drawn(tmp_path: Path, profile: str) -> None:
+def test_solarize_and_sobel_equal_the_oracle_where_they_are_drawn(profile: str) -> None:
     """Levels from 128 on inverted; the gradient's magnitude, clipped, with the image mirrored at its border."""
     images = [noise(32, 32), photos()[0][40:72, 40:72], ramp(32, 32)]
-    data = shard(tmp_path, [encode(image) for image in images])
+    data = [encode(image) for image in images]
     for name, on, want in (
         ("solarize_p", plain(3, threshold=[128] * 3), oracle.solarize),
         ("sobel_p", plain(3, sobel=[1] * 3), oracle.sobel),
@@ -495,17 +480,17 @@ def test_solarize_and_sobel_equal_the_oracle_where_they_are_drawn(tmp_path: Path
             np.testing.assert_allclose(rest[i], image, rtol=0, atol=1e-3)
 
 
-def test_a_straight_edge_of_d_levels_has_gradient_d(tmp_path: Path) -> None:
+def test_a_straight_edge_of_d_levels_has_gradient_d() -> None:
     image = np.full((32, 32, 3), 40, np.uint8)
     image[:, 16:] = 140
     config = make_views("cifar", {**BARE, "sobel_p": 1.0})
-    got = views(shard(tmp_path, [encode(image)]), config, (plain(1, sobel=[1]), plain(1)))[0][0]
+    got = views([encode(image)], config, (plain(1, sobel=[1]), plain(1)))[0][0]
     assert (got[:, 15:17] == 100).all()
     assert got[:, :15].max() == got[:, 17:].max() == 0
 
 
 @pytest.mark.parametrize("profile", ["fast", "reference"])
-def test_noise_is_gaussian_of_the_drawn_width_and_a_function_of_what_is_drawn(tmp_path: Path, profile: str) -> None:
+def test_noise_is_gaussian_of_the_drawn_width_and_a_function_of_what_is_drawn(profile: str) -> None:
     """On mid grey, 60,000 values: mean within 5 standard errors, their law within the DKW bound; far windows differ.
 
     Equal draws give equal noise, and two windows far apart are uncorrelated.
@@ -515,7 +500,7 @@ def test_noise_is_gaussian_of_the_drawn_width_and_a_function_of_what_is_drawn(tm
     image, size = np.full((128, 128, 3), 128, np.uint8), 128
     config = make_views("cifar", {**BARE, "size": size, "profile": profile, "noise_p": 1.0})
     draws = plain(3, noise=[10, 10, 10], noise_offset=[[3, 250], [3, 250], [200, 17]])
-    data = shard(tmp_path, [encode(image)] * 3)
+    data = [encode(image)] * 3
     got, rest = views(data, config, (draws, plain(3)))
     np.testing.assert_array_equal(got[0], got[1])
     assert (rest == 128).all()
@@ -528,12 +513,12 @@ def test_noise_is_gaussian_of_the_drawn_width_and_a_function_of_what_is_drawn(tm
 
 
 @pytest.mark.parametrize("profile", ["fast", "reference"])
-def test_cutout_sets_the_drawn_square_to_the_mean_and_leaves_the_rest(tmp_path: Path, profile: str) -> None:
+def test_cutout_sets_the_drawn_square_to_the_mean_and_leaves_the_rest(profile: str) -> None:
     """Zero after normalisation, whatever the image; a shape of 0 cuts nothing."""
     image = noise(32, 32)
     config = make_views("cifar", {**BARE, "mean": VIEWS["cifar"].mean, "profile": profile, "cutout_p": 1.0})
     cut = plain(1, hole_start=[[3, 20]], hole_shape=[[16, 12]])
-    got, rest = (view[0] for view in views(shard(tmp_path, [encode(image)]), config, (cut, plain(1))))
+    got, rest = (view[0] for view in views([encode(image)], config, (cut, plain(1))))
     hole = np.zeros((32, 32), bool)
     hole[3:19, 20:32] = True
     assert np.abs(got[hole]).max() <= 1e-3
@@ -542,7 +527,7 @@ def test_cutout_sets_the_drawn_square_to_the_mean_and_leaves_the_rest(tmp_path: 
 
 
 @pytest.mark.parametrize("profile", ["fast", "reference"])
-def test_all_operators_together_come_in_the_documented_order(tmp_path: Path, profile: str) -> None:
+def test_all_operators_together_come_in_the_documented_order(profile: str) -> None:
     """Crop, flip, rotation, then blur and colour or, of the authors, colour and blur; solarize, Sobel, noise, cutout.
 
     Each is applied by NumPy to what the last gave.
@@ -554,7 +539,7 @@ def test_all_operators_together_come_in_the_documented_order(tmp_path: Path, pro
     every = {f"{name}_p": 1.0 for name in ("rotation", "solarize", "sobel", "noise", "cutout", "blur")}
     config = make_views("stl10", {**LEVELS, "profile": profile, **every, "noise_sigma": 0.02})
     pictures = photos()[:2]
-    data = shard(tmp_path, [encode(image) for image in pictures])
+    data = [encode(image) for image in pictures]
     field = np.random.default_rng(0).standard_normal((96 + 256, 96 + 256, 3), np.float32)
     drawn = draw(config, seed=5, epoch=0, position=0, n=2)
     for draws, got in zip(drawn, views(data, config, drawn), strict=True):
@@ -581,27 +566,22 @@ def test_all_operators_together_come_in_the_documented_order(tmp_path: Path, pro
             assert off.max() <= 8 * (allowed(config, draws, i) if profile == "fast" else 0.8)
 
 
-def test_the_second_view_may_have_a_distribution_of_its_own(tmp_path: Path) -> None:
+def test_the_second_view_may_have_a_distribution_of_its_own() -> None:
     """Changing the second leaves the first as it was, bit for bit, and gives the second what it would be as a first."""
     first = make_views("stl10", {"size": 48})
     second = make_views(first, {"crop_ratio": [1.0, 1.0], "crop_area": [0.5, 0.6], "jitter_p": 0.0, "solarize_p": 0.5})
-    data = shard(tmp_path, [encode(image) for image in photos() + extremes()])
+    data = [encode(image) for image in photos() + extremes()]
     both = draw(first, second, seed=1, epoch=0, position=0, n=12)
     alone, other = (draw(c, seed=1, epoch=0, position=0, n=12) for c in (first, second))
-    order = labels(plain_view(reader(data), first, batch_size=12, device_id=None, num_threads=1).run()[1])
-    fed = [tuple(permute(draws, order) for draws in pair) for pair in (both, alone, other)]
-    out = [
-        two_views(reader(data), a, lambda _, d=d: d, second=b, batch_size=12, device_id=None, num_threads=2).run()
-        for (a, b), d in zip([(first, second), (first, None), (second, None)], fed, strict=True)
-    ]
-    mixed, plain_first, plain_second = ([np.array(o[view].as_array()) for view in (0, 1)] for o in out)
+    mixed = run_two(data, first, both, second=second)
+    plain_first, plain_second = run_two(data, first, alone), run_two(data, second, other)
     np.testing.assert_array_equal(mixed[0], plain_first[0])
     np.testing.assert_array_equal(mixed[1], plain_second[1])
     assert not np.array_equal(mixed[1], plain_first[1])
 
 
 @pytest.mark.parametrize("profile", ["fast", "reference"])
-def test_the_distributions_are_those_of_the_paper_when_measured_on_views(tmp_path: Path, profile: str) -> None:
+def test_the_distributions_are_those_of_the_paper_when_measured_on_views(profile: str) -> None:
     """What went in is forgotten and read off 2 x 1,000 views: factors from flat and two-tone images, sigma of an edge.
 
     Each by itself: brightness 1 +- 0.8, contrast, saturation, hue +- 0.2 turns, sigma uniform in [0.1, 2], seen from
@@ -617,7 +597,7 @@ def test_the_distributions_are_those_of_the_paper_when_measured_on_views(tmp_pat
 
     def seen(image: Bytes, **changes: Any) -> list[NDArray[Any]]:
         config = make_views("cifar", {**whole, "size": 8, **changes})
-        return copies(tmp_path, image, config, seed=4, num=num)
+        return copies(image, config, seed=4, num=num)
 
     def jittered(image: Bytes, name: str) -> list[NDArray[Any]]:
         others = dict.fromkeys({"brightness", "contrast", "saturation", "hue"} - {name}, 0.0)
@@ -656,7 +636,7 @@ def test_the_distributions_are_those_of_the_paper_when_measured_on_views(tmp_pat
 
 
 @pytest.mark.parametrize("profile", ["fast", "reference"])
-def test_views_have_the_moments_of_an_independent_pipeline(tmp_path: Path, profile: str) -> None:
+def test_views_have_the_moments_of_an_independent_pipeline(profile: str) -> None:
     """Mean and spread of each channel over 2 x 500 views of a photograph, against NumPy with random numbers of its own.
 
     Within 5 standard errors of the difference of two means over views.
@@ -664,7 +644,7 @@ def test_views_have_the_moments_of_an_independent_pipeline(tmp_path: Path, profi
     image = photos()[1][::4, ::4]
     config = make_views("cifar", {**LEVELS, "profile": profile, "size": 16, "jitter_strength": 1.0, "blur_p": 0.5})
     num, rng = 500, np.random.default_rng(9)
-    got = np.concatenate(copies(tmp_path, image, config, seed=3, num=num))
+    got = np.concatenate(copies(image, config, seed=3, num=num))
     height, width, _ = image.shape
     theirs = np.empty_like(got)
     for i in range(len(theirs)):
@@ -700,7 +680,7 @@ def test_views_have_the_moments_of_an_independent_pipeline(tmp_path: Path, profi
 # ---- kinds of images -----------------------------------------------------------------------------------------------
 
 
-def test_every_kind_of_file_decodes_to_rgb_as_in_pillow(tmp_path: Path) -> None:
+def test_every_kind_of_file_decodes_to_rgb_as_in_pillow() -> None:
     """Gray, palette, alpha, CMYK, progressive and rotated by EXIF; JPEG within 3 levels (another inverse DCT).
 
     EXIF orientation is ignored, as torchvision and timm do; transparency is dropped, not blended.
@@ -723,11 +703,9 @@ def test_every_kind_of_file_decodes_to_rgb_as_in_pillow(tmp_path: Path) -> None:
     ]
     files = []
     for image, format, options, _ in kinds:
-        file = io.BytesIO()
-        image.save(file, format, **options)
-        files.append(file.getvalue())
+        files.append(saved(image, format, **options))
     config = make_views("cifar", {**LEVELS, "size": 64})
-    got = views(shard(tmp_path, files), config, (plain(len(files)), plain(len(files))))[0]
+    got = views(files, config, (plain(len(files)), plain(len(files))))[0]
     for view, data, (image, format, options, levels) in zip(got, files, kinds, strict=True):
         want = np.array(Image.open(io.BytesIO(data)).convert("RGB"), float)
         assert np.abs(view - want).max() <= levels, f"{format} {image.mode} {options}"
@@ -738,7 +716,7 @@ def test_every_kind_of_file_decodes_to_rgb_as_in_pillow(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("interpolation", ["linear", "cubic"])
 @pytest.mark.parametrize(("size", "share"), [(42, 0.875), (48, 1.0)])
-def test_the_plain_view_is_resize_and_centre_crop(tmp_path: Path, interpolation: str, size: int, share: float) -> None:
+def test_the_plain_view_is_resize_and_centre_crop(interpolation: str, size: int, share: float) -> None:
     """Shorter side to size / share, central square: the oracle's within half a level, torchvision's within one.
 
     torchvision truncates the longer side, stretches the image to it and may cut one pixel beside, so it is compared
@@ -752,16 +730,13 @@ def test_the_plain_view_is_resize_and_centre_crop(tmp_path: Path, interpolation:
     china, flower = (64 + photo // 2 for photo in photos()[:2])
     pictures = [flower[:192, :192], flower[:192, :320], china, china[:, :100], ramp(50, 300)]
     pictures += [flower[100:124, 100:124], flower[100:124, 100:136], china[50:80, 90:110]]  # smaller than the view
-    data = shard(tmp_path, [encode(image) for image in pictures])
-    graph = plain_view(reader(data), config, batch_size=len(pictures), device_id=None, num_threads=1)
-    got, digits = graph.run()
-    got, shorter = np.array(got.as_array()), round(size / share)
+    data = [encode(image) for image in pictures]
+    got, shorter = run_plain(data, config), round(size / share)
     mode = {"linear": InterpolationMode.BILINEAR, "cubic": InterpolationMode.BICUBIC}[interpolation]
     compared = 0
-    for view, label in zip(got, labels(digits), strict=True):
-        image = pictures[label]
+    for i, (view, image) in enumerate(zip(got, pictures, strict=True)):
         exact = oracle.centre_crop(image.astype(float), size, shorter, interpolation).clip(0, 255)
-        assert np.abs(view - exact).max() <= 0.6, f"image {label}"  # 0.02 is DALI's table of the cubic
+        assert np.abs(view - exact).max() <= 0.6, f"image {i}"  # 0.02 is DALI's table of the cubic
         scaled = np.array(image.shape[:2]) * shorter / min(image.shape[:2])
         if np.array_equal(scaled, scaled.round()) and ((scaled - size) % 2 == 0).all():
             theirs = center_crop(resize(Image.fromarray(image), [shorter], mode), [size, size])
@@ -786,7 +761,7 @@ def nodes(graph: Any) -> list[tuple[str, str, Any]]:
 @pytest.mark.parametrize("profile", ["fast", "reference"])
 @pytest.mark.parametrize(("preset", "changes"), [("imagenet", {}), ("cifar", {}), ("imagenet", ALL)])
 def test_the_gpu_graph_can_be_defined_and_keeps_every_pixel_on_the_gpu(
-    tmp_path: Path, preset: str, profile: str, changes: dict[str, float]
+    preset: str, profile: str, changes: dict[str, float]
 ) -> None:
     """Without a GPU, by DALI's schemas: each node has a backend on its device, takes its inputs from where they are,
     and knows its arguments; and all that touches pixels is on the GPU.
@@ -802,10 +777,10 @@ def test_the_gpu_graph_can_be_defined_and_keeps_every_pixel_on_the_gpu(
         "mixed": set(backend.RegisteredMixedOps()),
     }
     config = make_views(preset, {"profile": profile, **changes})
-    data = shard(tmp_path, [encode(noise(8, 8))])
-    plain_graph = plain_view(reader(data), config, batch_size=1, device_id=0, num_threads=1)
-    draws = (plain(1), plain(1))
-    graph = two_views(reader(data), config, lambda _: draws, batch_size=1, device_id=0, num_threads=1)
+    data, draws = [encode(noise(8, 8))], (plain(1), plain(1))
+    asked: dict[str, Any] = {"batch_size": 1, "device_id": 0, "num_threads": 1}
+    plain_graph = plain_view(Encoding(), config, lambda _: data, **asked)
+    graph = two_views(Encoding(), config, lambda _: data, lambda _: draws, **asked)
     for found in (nodes(graph), nodes(plain_graph)):
         assert len(found) > 4
         for name, device, node in found:
@@ -836,7 +811,7 @@ def test_the_gpu_graph_can_be_defined_and_keeps_every_pixel_on_the_gpu(
 @pytest.mark.gpu
 @pytest.mark.parametrize("profile", ["fast", "reference"])
 @pytest.mark.parametrize("changes", [{}, {"rotation_p": 0.5, "cutout_p": 0.5, "noise_p": 0.5}])
-def test_gpu_views_equal_cpu_views(tmp_path: Path, profile: str, changes: dict[str, float]) -> None:
+def test_gpu_views_equal_cpu_views(profile: str, changes: dict[str, float]) -> None:
     """The same draws on PNGs: at most what two graphs may each be off the oracle by, and 0.1 levels on average.
 
     Solarize and Sobel are left out, since what lies at a threshold may fall on either side.
@@ -846,31 +821,24 @@ def test_gpu_views_equal_cpu_views(tmp_path: Path, profile: str, changes: dict[s
         pytest.skip("no CUDA device: the GPU graph is only defined here, not run")
     config = make_views("stl10", {**LEVELS, "profile": profile, **changes})
     pictures = photos() + extremes()
-    data = shard(tmp_path, [encode(image) for image in pictures])
-    order = labels(plain_view(reader(data), config, batch_size=12, device_id=None, num_threads=1).run()[1])
+    data = [encode(image) for image in pictures]
     drawn = draw(config, seed=2, epoch=1, position=0, n=12)
-    outputs = {}
-    for device in (None, 0):
-        graph = two_views(reader(data), config, lambda _: drawn, batch_size=12, device_id=device, num_threads=2)
-        outputs[device] = [np.array(out.as_cpu().as_array()) for out in graph.run()[:2]]
-    for draws, cpu, gpu in zip(drawn, outputs[None], outputs[0], strict=True):
-        for row, label in enumerate(order):
-            off = np.abs(cpu[row] - gpu[row])
-            assert off.max() <= 2 * (allowed(config, draws, row) if profile == "fast" else 0.8), f"image {label}"
+    on_cpu, on_gpu = (run_two(data, config, drawn, device) for device in (None, 0))
+    for draws, cpu, gpu in zip(drawn, on_cpu, on_gpu, strict=True):
+        for i in range(12):
+            off = np.abs(cpu[i] - gpu[i])
+            assert off.max() <= 2 * (allowed(config, draws, i) if profile == "fast" else 0.8), f"image {i}"
         assert np.abs(cpu - gpu).mean() < 0.1
 
 
 @pytest.mark.gpu
-def test_gpu_decodes_colour_at_half_the_size_as_the_cpu_does(tmp_path: Path) -> None:
+def test_gpu_decodes_colour_at_half_the_size_as_the_cpu_does() -> None:
     """4:2:0, as most JPEGs are: two inverse DCTs apart; without interpolation the stripes would be off by 45 levels."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device: the GPU graph is only defined here, not run")
     stripes = np.tile(np.repeat(np.uint8([[200, 40, 40], [40, 120, 40]]), 6, axis=0), (96, 8, 1))
-    data = shard(tmp_path, [encode(image, "JPEG", quality=95, subsampling=2) for image in (stripes, *photos()[:2])])
+    data = [encode(image, "JPEG", quality=95, subsampling=2) for image in (stripes, *photos()[:2])]
     config = make_views("stl10", LEVELS)
-    cpu, gpu = (
-        np.array(plain_view(reader(data), config, batch_size=3, device_id=device, num_threads=1).run()[0].as_cpu())
-        for device in (None, 0)
-    )
+    cpu, gpu = (run_plain(data, config, device) for device in (None, 0))
     assert np.abs(cpu - gpu).max() <= 10
     assert np.abs(cpu - gpu).mean() < 1
