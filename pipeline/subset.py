@@ -99,7 +99,7 @@ def subset(dataset: Dataset, positions: Sequence[int] | Positions) -> Subset:
             texts[shard.file] = index_text(left).encode()
             digest = hashlib.sha256(texts[shard.file]).hexdigest()
             shards.append(replace(shard, samples=len(left), index_sha256=digest))
-    facts = {field.name: getattr(dataset, field.name) for field in fields(dataset)}
+    facts = {field.name: getattr(dataset, field.name) for field in fields(Dataset)}
     facts |= {"shards": tuple(shards), "samples": sum(shard.samples for shard in shards)}
     return Subset(**facts, texts=texts)
 
