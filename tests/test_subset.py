@@ -8,11 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.loader import build_eval_loader, build_loader
+from pipeline.index import index_tars
+from pipeline.loader import Loader, build_eval_loader
 from pipeline.shards import DatasetError, Sample
-from pipeline.subset import keys, labels, named, stratified, write_subset
+from pipeline.subset import keys, labels, named, stratified, subset
 from pipeline.views import make_views
 from pipeline.write import write_shards
+from tests.test_sources import make_tar
 
 COUNTS = (40, 15, 4)  # samples of each class
 VIEWS = make_views("cifar", {"size": 8, "mean": [0, 0, 0], "std": [1, 1, 1]})
@@ -73,25 +75,26 @@ def test_a_share_outside_its_range_is_refused(share: float) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_loaders_read_the_subset_and_nothing_else(dataset, tmp_path: Path, ranks: int) -> None:
-    """Every chosen sample once an epoch, in evaluation and in training, on one rank and on two; no tar is copied."""
+def test_loaders_read_the_subset_and_nothing_else(dataset, ranks: int) -> None:
+    """Every chosen sample once an epoch, in evaluation and in training, on one rank and on two; nothing is written."""
     chosen = stratified(labels(dataset), 0.4, seed=3)
-    subset = write_subset(dataset, chosen, tmp_path)
-    assert (subset.samples, subset.tars) == (len(chosen), dataset.tars[: len(subset.shards)])
-    assert subset.fingerprint != dataset.fingerprint
-    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 3000
+    before = sorted(dataset.root.iterdir())
+    part = subset(dataset, chosen)
+    assert (part.samples, part.tars) == (len(chosen), dataset.tars[: len(part.shards)])
+    assert part.fingerprint != dataset.fingerprint
+    assert sorted(dataset.root.iterdir()) == before
     everything = colours(build_eval_loader(dataset, VIEWS, 16, torch.device("cpu")))
     expected = [everything[i] for i in chosen]
     seen = [
         each
         for rank in range(ranks)
-        for each in colours(build_eval_loader(subset, VIEWS, 4, torch.device("cpu"), rank=rank, world_size=ranks))
+        for each in colours(build_eval_loader(part, VIEWS, 4, torch.device("cpu"), rank=rank, world_size=ranks))
     ]
     assert seen == expected
     views = make_views(VIEWS, {"jitter_p": 0, "grayscale_p": 0})
     trained = []
     for rank in range(ranks):
-        loader = build_loader(subset, views, 2 * ranks, torch.device("cpu"), rank=rank, world_size=ranks)
+        loader = Loader(part, views, 2 * ranks, torch.device("cpu"), rank=rank, world_size=ranks)
         for _ in range(loader.steps_per_epoch):
             batch = next(loader)
             pixels = (255 * batch.views[:2, :, 0, 0]).round().int()
@@ -101,12 +104,51 @@ def test_loaders_read_the_subset_and_nothing_else(dataset, tmp_path: Path, ranks
     assert set(trained) <= set(expected)
 
 
-def test_a_shard_of_which_nothing_is_left_is_left_out(dataset, tmp_path: Path) -> None:
+def test_a_shard_of_which_nothing_is_left_is_left_out(dataset) -> None:
     """One sample of the last shard: one shard remains, and gives that sample."""
-    subset = write_subset(dataset, [dataset.samples - 1], tmp_path)
-    assert [shard.file for shard in subset.shards] == [dataset.shards[-1].file]
+    part = subset(dataset, [dataset.samples - 1])
+    assert [shard.file for shard in part.shards] == [dataset.shards[-1].file]
     everything = colours(build_eval_loader(dataset, VIEWS, 16, torch.device("cpu")))
-    assert colours(build_eval_loader(subset, VIEWS, 4, torch.device("cpu"))) == everything[-1:]
+    assert colours(build_eval_loader(part, VIEWS, 4, torch.device("cpu"))) == everything[-1:]
+
+
+@pytest.fixture
+def nested(tmp_path: Path):
+    """Three tars of one name in nested folders, indexed in place: image, then something else, then label in blanks."""
+    for place, number in (("b", 5), ("a/deep", 7), ("c d", 4)):
+        (tmp_path / "tars" / place).mkdir(parents=True)
+        entries = []
+        for i in range(number):
+            label = b" %d\n" % (i % 3)
+            entries += [(f"x.y/k{i}.left.png", flat(i % 3, 10 * number + i)), (f"x.y/k{i}.json", b"{}" * 300 * i)]
+            entries += [(f"x.y/k{i}.cls", label)]
+        make_tar(tmp_path / "tars" / place / "000.tar", entries)
+    return index_tars([tmp_path / "tars/**/*.tar"], tmp_path / "set")
+
+
+def test_a_subset_of_tars_indexed_where_they_lie_gives_what_was_chosen(nested) -> None:
+    """By key, label, evaluation and training; a part of the part too; nothing is written."""
+    before = sorted(nested.root.rglob("*"))
+    everything = colours(build_eval_loader(nested, VIEWS, 16, torch.device("cpu")))
+    assert len(set(everything)) == nested.samples == 16
+    chosen = np.array([0, 3, 6, 7, 8, 11, 13])
+    part = subset(nested, chosen[::-1])
+    assert [shard.file for shard in part.shards] == ["a/deep/000.tar", "b/000.tar", "c d/000.tar"]
+    inner = subset(part, [1, 2, 3])
+    assert inner.tars == nested.tars[:2]
+    for data, numbers in ((part, chosen), (inner, chosen[1:4])):
+        assert keys(data) == [keys(nested)[i] for i in numbers]
+        assert labels(data).tolist() == [everything[i][0] for i in numbers]
+        assert colours(build_eval_loader(data, VIEWS, 3, torch.device("cpu"))) == [everything[i] for i in numbers]
+        loader = Loader(data, make_views(VIEWS, {"jitter_p": 0, "grayscale_p": 0}), len(numbers), torch.device("cpu"))
+        for _ in range(2):
+            batch = next(loader)
+            pixels = (255 * batch.views[: len(numbers), :, 0, 0]).round().int()
+            trained = [(int(red), int(green)) for red, green, _ in pixels]
+            assert sorted(trained) == sorted(everything[i] for i in numbers)
+            assert batch.labels.tolist() == [label for label, _ in trained]
+    assert len({data.fingerprint for data in (nested, part, inner)}) == 3
+    assert sorted(nested.root.rglob("*")) == before
 
 
 def test_a_list_of_names_is_found(dataset) -> None:
