@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.colour import finish
-from pipeline.graph import Encoding, plain_view, two_views
+from pipeline.graph import Encoding, plain_view, two_views, undecodable
 from pipeline.views import ATTEMPTS, OPERATIONS, VIEWS, Draws, ViewConfig, draw, make_views
 from tests.oracles import views as oracle
 
@@ -677,6 +677,21 @@ def test_views_have_the_moments_of_an_independent_pipeline(profile: str) -> None
         assert (np.abs(a.mean(0) - b.mean(0)) < 5 * error).all(), name
 
 
+@pytest.mark.parametrize("profile", ["fast", "reference"])
+def test_views_of_bare_pixels_are_those_of_the_same_pixels_encoded(profile: str) -> None:
+    """Bit for bit, whatever the batch: no decoder, and with the fast profile no nodes for windows."""
+    config = make_views("stl10", {"size": 32, "profile": profile})
+    pixels = np.stack([noise(40, 56, seed) for seed in range(6)])
+    drawn = draw(config, seed=1, epoch=0, position=0, n=6)
+    asked: dict[str, Any] = {"batch_size": 6, "device_id": None, "num_threads": 2}
+    graph = two_views(Encoding(raw=(40, 56)), config, lambda _: pixels, lambda _: drawn, **asked)
+    plain_graph = plain_view(Encoding(raw=(40, 56)), config, lambda _: pixels, **asked)
+    encoded = [encode(image) for image in pixels]
+    for bare, decoded in zip(graph.run(), run_two(encoded, config, drawn), strict=True):
+        np.testing.assert_array_equal(np.array(bare.as_array()), decoded)
+    np.testing.assert_array_equal(np.array(plain_graph.run()[0].as_array()), run_plain(encoded, config))
+
+
 # ---- kinds of images -----------------------------------------------------------------------------------------------
 
 
@@ -709,6 +724,18 @@ def test_every_kind_of_file_decodes_to_rgb_as_in_pillow() -> None:
     for view, data, (image, format, options, levels) in zip(got, files, kinds, strict=True):
         want = np.array(Image.open(io.BytesIO(data)).convert("RGB"), float)
         assert np.abs(view - want).max() <= levels, f"{format} {image.mode} {options}"
+
+
+def test_images_that_do_not_decode_are_named_by_their_place() -> None:
+    """The decoder's own words for each: cut, no image, too many pixels; the sound ones between are not named."""
+    photo = photos()[0][:64, :64]
+    jpeg, large = encode(photo, "JPEG"), encode(noise(65, 64))
+    images = [encode(photo), jpeg[:20], jpeg, np.zeros(100, np.uint8), large, encode(photo)[:200], encode(photo)]
+    found = undecodable(images, Encoding(max_pixels=64 * 64), None)
+    assert sorted(found) == [1, 3, 4, 5]
+    assert all(words and "\n" not in words and "C++" not in words for words in found.values())
+    assert undecodable(images[:1] + images[2:3], Encoding(), None) == {}
+    assert undecodable([], Encoding(), None) == {}
 
 
 # ---- evaluation ----------------------------------------------------------------------------------------------------
