@@ -4,7 +4,6 @@ import io
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -75,10 +74,9 @@ def _quiet_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
     for name in ("STEP_S", "LOADER_S", "TOGETHER_S"):
         monkeypatch.setattr(doctor, name, 0.05)
-    threads, files = torch.get_num_threads(), resource.getrlimit(resource.RLIMIT_NOFILE)
+    threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-    resource.setrlimit(resource.RLIMIT_NOFILE, files)
 
 
 def usage(num: int) -> Callable[[Any], Any]:
@@ -387,13 +385,6 @@ def test_classes_without_images_are_found(made: Path, tmp_path: Path) -> None:
     finding = doctor.labels(dataset, None)
     assert (finding.state, "'dogs'" in finding.found) == ("warning", True)
     assert doctor.labels(read_dataset(made / "unlabelled"), None).state == "ok"
-
-
-def test_a_low_limit_of_open_files_is_found(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (64, 64))
-    code, found = look(made / "train")
-    assert (code, found["first batch"].state) == (1, "fault")
-    assert "ulimit -Hn" in found["first batch"].found
 
 
 def test_a_slow_disk_is_found_unless_memory_holds_the_shards(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
