@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 import train
 from pipeline.demo import CLASSES, draw_image
-from pipeline.loader import build_loader
+from pipeline.loader import Loader
 from pipeline.shards import Sample, read_dataset
 from pipeline.views import make_views, parse_changes
 from pipeline.write import write_shards
@@ -145,7 +145,7 @@ def test_a_view_without_operators_is_the_image(tmp_path, size):
         first, parse_changes(text for flag, text in zip(flags, changes, strict=True) if flag == "--second-view")
     )
     batch = next(
-        build_loader(read_dataset(tmp_path / "data"), first, 6, torch.device("cpu"), shuffle=0, second_views=second)
+        Loader(read_dataset(tmp_path / "data"), first, 6, torch.device("cpu"), shuffle=False, second_views=second)
     )
     pixels = (255 * first.pixels(batch.views)).round().permute(0, 2, 3, 1).numpy().astype(int)
     left = (size[0] - 32) // 2

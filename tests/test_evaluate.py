@@ -170,19 +170,19 @@ def test_linear_leaves_the_encoder_as_it_was(planted, data, monkeypatch, tmp_pat
     import pipeline.loader
 
     seen = {}
-    train, build = model.probe.train_classifier, pipeline.loader.build_loader
+    train, start = model.probe.train_classifier, pipeline.loader.Loader.__init__
 
     def spy(network, *args, **kwargs):
         seen["network"] = network
         seen["modes"] = {each.training for each in network.modules() if isinstance(each, torch.nn.BatchNorm2d)}
         return train(network, *args, **kwargs)
 
-    def spy_on_views(dataset, views, *args, **kwargs):
+    def spy_on_views(self, dataset, views, *args, **kwargs):
         seen["views"] = views
-        return build(dataset, views, *args, **kwargs)
+        start(self, dataset, views, *args, **kwargs)
 
     monkeypatch.setattr(model.probe, "train_classifier", spy)
-    monkeypatch.setattr(pipeline.loader, "build_loader", spy_on_views)
+    monkeypatch.setattr(pipeline.loader.Loader, "__init__", spy_on_views)
     evaluate("linear", planted, *sets(data), "--epochs", 1, into=tmp_path / "results.jsonl")
     views = seen["views"]
     assert (views.jitter_p, views.grayscale_p, views.blur_p) == (0, 0, 0)

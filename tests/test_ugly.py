@@ -24,7 +24,7 @@ from typer.testing import CliRunner, Result
 
 from pipeline.audit import Fault, quarantine, verify
 from pipeline.images import BadImageError, OnBad, Rules, ppm, ppm_shape, prepare
-from pipeline.loader import LoaderError, build_eval_loader, build_loader
+from pipeline.loader import Loader, LoaderError, build_eval_loader
 from pipeline.shards import Dataset, DatasetError, Sample, read_dataset
 from pipeline.views import ViewConfig
 from pipeline.write import write_shards
@@ -250,7 +250,7 @@ def test_all_that_is_stored_is_read_as_pillow_reads_it(ugly: Dataset) -> None:
 
 
 def test_training_views_come_of_all_that_is_stored(ugly: Dataset) -> None:
-    loader = build_loader(ugly, ViewConfig(size=16), 4, CPU, num_threads=2)
+    loader = Loader(ugly, ViewConfig(size=16), 4, CPU, num_threads=2)
     for _ in range(loader.steps_per_epoch):
         views = next(loader).views
         assert views.shape == (8, 3, 16, 16)
@@ -339,7 +339,7 @@ def test_views_of_bare_pixels_equal_those_of_png_files(tmp_path: Path) -> None:
     batches = []
     for store in ("original", "ppm"):
         dataset = write(tmp_path / store, images, store=store)
-        batches.append(next(build_loader(dataset, config, 8, CPU, num_threads=2)))
+        batches.append(next(Loader(dataset, config, 8, CPU, num_threads=2)))
     assert torch.equal(batches[0].labels, batches[1].labels)
     assert torch.equal(batches[0].views, batches[1].views)
 
@@ -351,7 +351,7 @@ def test_bare_pixels_of_several_sizes_go_through_the_decoder(tmp_path: Path) -> 
     read = dict(evaluated(dataset, PLAIN))
     assert sorted(read) == list(range(6))
     assert all(torch.allclose(image, torch.full((3, 48, 48), float(i)), atol=1e-3) for i, image in read.items())
-    assert next(build_loader(dataset, ViewConfig(size=16), 4, CPU)).views.shape == (8, 3, 16, 16)
+    assert next(Loader(dataset, ViewConfig(size=16), 4, CPU)).views.shape == (8, 3, 16, 16)
 
 
 def test_one_odd_image_among_bare_pixels_is_known(tmp_path: Path) -> None:
@@ -523,14 +523,16 @@ def test_the_loader_never_starts_on_files_that_are_not_the_manifest_s(tmp_path: 
         read_dataset(dataset.root)
 
 
-@pytest.mark.parametrize("damage", [spoil_image, spoil_label])
+@pytest.mark.parametrize("damage", [spoil_image, spoil_label, large_label])
 def test_the_loader_stops_at_what_it_cannot_read(tmp_path: Path, damage: Any) -> None:
-    """In-place damage keeps size and index: the batch that meets it fails by name, in a batch of 4."""
+    """In-place damage keeps size and index: the batch of 4 that meets it fails and names data set, shard and key."""
     dataset = whole(tmp_path / "set")
-    damage(dataset)
-    loader = build_loader(read_dataset(dataset.root), ViewConfig(size=16), 4, CPU, shuffle=0)
-    with pytest.raises(LoaderError, match=str(dataset.root)):
+    shard, key = damage(dataset)
+    loader = Loader(read_dataset(dataset.root), ViewConfig(size=16), 4, CPU, shuffle=False)
+    with pytest.raises(LoaderError, match=f"{dataset.root}: {shard}:{key} "):
         list(itertools.islice(loader, loader.steps_per_epoch))
+    with pytest.raises(LoaderError, match=f"{dataset.root}: {shard}:{key} "):
+        list(evaluated(dataset, PLAIN))
 
 
 # ---- quarantine
@@ -573,7 +575,7 @@ def test_a_damaged_sample_is_found_left_out_and_training_goes_on(tmp_path: Path,
     damage(dataset)
     keys = [fault.key for fault in verify(dataset.root) if fault.key]
     after = quarantine(dataset.root, keys)
-    loader = build_loader(after, ViewConfig(size=16), 4, CPU)
+    loader = Loader(after, ViewConfig(size=16), 4, CPU)
     for _ in range(2 * loader.steps_per_epoch):
         next(loader)
 
