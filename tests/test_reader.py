@@ -443,18 +443,21 @@ def eventually(fact: Callable[[], bool]) -> bool:
     return fact()
 
 
-def working() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
+@pytest.fixture
+def working() -> Iterator[Callable[[], int]]:
+    """How many threads of this test read ahead; in the end none may."""
+    before = set(threading.enumerate())
 
+    def count() -> int:
+        return sum(each.name.startswith("ahead") for each in set(threading.enumerate()) - before)
 
-@pytest.fixture(autouse=True)
-def _no_threads_are_left() -> Iterator[None]:
-    yield
-    assert eventually(lambda: not working())
+    yield count
+    assert eventually(lambda: not count())
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3, 100])
 @pytest.mark.parametrize("num", [0, 1, 2, 10])
+@pytest.mark.usefixtures("working")
 def test_results_come_in_the_order_of_their_tasks(depth: int, num: int) -> None:
     """Of tasks that take longer and shorter, each on the one thread."""
     threads = set()
@@ -470,6 +473,7 @@ def test_results_come_in_the_order_of_their_tasks(depth: int, num: int) -> None:
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
+@pytest.mark.usefixtures("working")
 def test_no_more_tasks_than_asked_for_are_begun_before_their_time(depth: int) -> None:
     """With the i-th result, i + 1 + depth tasks are begun, and no more are even looked at."""
     begun, looked_at = list[int](), list[int]()
@@ -490,6 +494,7 @@ def test_no_more_tasks_than_asked_for_are_begun_before_their_time(depth: int) ->
 
 
 @pytest.mark.parametrize("depth", [0, 2, 10])
+@pytest.mark.usefixtures("working")
 def test_an_exception_comes_in_its_place_and_nothing_after_it(depth: int) -> None:
     def task(i: int) -> int:
         if i == 3:
@@ -504,7 +509,7 @@ def test_an_exception_comes_in_its_place_and_nothing_after_it(depth: int) -> Non
 
 
 @pytest.mark.parametrize("how", ["closed", "forgotten", "failed"])
-def test_the_thread_ends_with_the_generator(how: str) -> None:
+def test_the_thread_ends_with_the_generator(working: Callable[[], int], how: str) -> None:
     """At once, though a task is still at work; those that wait for it are not begun."""
     go, begun = threading.Event(), list[int]()
 
@@ -519,7 +524,7 @@ def test_the_thread_ends_with_the_generator(how: str) -> None:
     results = ahead((lambda i=i: task(i) for i in itertools.count()), 4)
     assert next(results) == 0
     assert eventually(lambda: 2 in begun)
-    assert len(working()) == 1
+    assert working() == 1
     start = time.monotonic()
     if how == "closed":
         results.close()  # type: ignore[attr-defined]
