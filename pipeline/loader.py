@@ -174,7 +174,7 @@ class Loader:
         self._damaged: dict[int, str] = {}  # samples that were replaced, and what is wrong with each
         self._skip_damaged = skip_damaged
         self._noting = threading.Lock()
-        self._pipe: Pipeline | None = None
+        self._pipe: Pipeline | None = None  # goes before the feed, whose images it may still read
         self._feed = _Feed(iter(()))
         self._ahead: Future[tuple[Batch, Any]] | None = None
         self._runs = 0  # (micro-)batches given; the next one to make is that or the one behind
@@ -282,15 +282,14 @@ class Loader:
 
         if self.device.type == "cpu":
             _keep_freed_memory()
-        me = weakref.proxy(self)  # or it would live until cycles are collected
+        me = weakref.proxy(self)  # DALI holds its callbacks, and what they hold, until cycles are collected
         each = sum(shard.bytes for shard in self.dataset.shards) // self.dataset.samples
         depth = max(1, min(MOST_AHEAD, IN_FLIGHT // max(1, each * self.micro_batch)))
-        feed = _Feed(ahead((partial(Loader._read, me, number) for number in itertools.count(run)), depth))
-        self._feed = feed
+        self._feed = _Feed(ahead((partial(Loader._read, me, number) for number in itertools.count(run)), depth))
         return two_views(
             self._encoding,
             self.views,
-            lambda i: feed.images(run + i),
+            lambda i: me._feed.images(run + i),
             lambda i: Loader._draw(me, run + i),
             second=self._second_views,
             batch_size=self.micro_batch,
@@ -483,27 +482,35 @@ def build_eval_loader(
         _keep_freed_memory()
     reader, encoding = Reader(dataset), _encoding(dataset)
     feed = _Feed(ahead((partial(reader.read, part) for part in parts), 1))
+    its = weakref.proxy(feed)  # as in `Loader`
     pipe = plain_view(
-        encoding, views, feed.images, batch_size=batch_size, device_id=_device_id(device), num_threads=num_threads
+        encoding,
+        views,
+        lambda i: its.images(i),
+        batch_size=batch_size,
+        device_id=_device_id(device),
+        num_threads=num_threads,
     )
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-    for step in range(len(parts)):
-        failed = f"rank {rank} could not read batch {step} of {dataset.address}"
-        try:
-            (images,) = feed.views(pipe, stream)
-        except DamagedError as error:
-            raise LoaderError(_damaged(failed, error.faults, reader)) from error
-        except (OSError, DatasetError) as error:
-            raise LoaderError(f"{failed}: {error}") from error
-        except RuntimeError as error:
-            faults = _undecodable(feed.encoded(step), encoding, device)
-            raise LoaderError(
-                _damaged(failed, faults, reader) if faults else f"{failed}: {complaint(error)}"
-            ) from error
-        batch = feed.encoded(step)
-        assert batch is not None
-        labels = torch.full((len(images),), -1) if batch.labels is None else torch.from_numpy(batch.labels)
-        yield images.clone().permute(0, 3, 1, 2), labels
+    try:
+        for step in range(len(parts)):
+            failed = f"rank {rank} could not read batch {step} of {dataset.address}"
+            try:
+                (images,) = feed.views(pipe, stream)
+            except DamagedError as error:
+                raise LoaderError(_damaged(failed, error.faults, reader)) from error
+            except (OSError, DatasetError) as error:
+                raise LoaderError(f"{failed}: {error}") from error
+            except RuntimeError as error:
+                faults = _undecodable(feed.encoded(step), encoding, device)
+                said = _damaged(failed, faults, reader) if faults else f"{failed}: {complaint(error)}"
+                raise LoaderError(said) from error
+            batch = feed.encoded(step)
+            assert batch is not None
+            labels = torch.full((len(images),), -1) if batch.labels is None else torch.from_numpy(batch.labels)
+            yield images.clone().permute(0, 3, 1, 2), labels
+    finally:
+        del pipe  # before the feed, whose images it may still read
 
 
 def _encoding(dataset: Dataset, hw_decoder_load: float = 0.65) -> "Encoding":

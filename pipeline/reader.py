@@ -9,6 +9,7 @@ Reading costs 4 us a sample of 3 KB (one core of an AMD EPYC, files in memory), 
 
 import math
 import os
+import resource
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from pipeline.cache import Cache
 
 Bytes = NDArray[np.uint8]
-MAX_OPEN = 512  # tars; a process may usually open 1,024 files
+MAX_OPEN = 256  # tars of a reader, and a quarter of the files that the process may open at most
 READERS = 4  # threads that read parts of a batch, where it is large: a disk in a network answers many at a time
 REQUESTS = 16  # at a time, where every shard is one
 PART = 1 << 23  # bytes of a batch that are worth a thread
@@ -81,8 +82,8 @@ class Reader:
     def __init__(self, dataset: Dataset, cache: "Cache | None" = None, *, again: bool = False) -> None:
         """
         cache  where whole shards of object storage are kept; None reads ranges of them
-        again  samples will be read again and again: bare pixels that fit in MOST_KEPT stay in memory, for at 32 pixels
-               Python's time for each read is a tenth of what all the rest takes
+        again  samples will be read again and again, in any order: many tars stay open, and bare pixels that fit in
+               MOST_KEPT in memory, for at 32 pixels Python's time for each read is a tenth of what all the rest takes
         """
         self.dataset, self.cache = dataset, cache
         self._tars = dataset.tars
@@ -104,6 +105,7 @@ class Reader:
             self._kept = _Kept(dataset)
         self._open: OrderedDict[int, BinaryIO] = OrderedDict()
         self._opening = threading.Lock()
+        self._most_open = min(MAX_OPEN if again else READERS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
         self._pool = ThreadPoolExecutor(REQUESTS if self._by_ranges else READERS, "reader")
 
     def shards(self, samples: Numbers) -> Numbers:
@@ -303,7 +305,7 @@ class Reader:
             return f"cannot be read: its shard has {size} bytes, expected {told.bytes}"
         with self._opening:
             self._open[shard] = file
-            if len(self._open) > MAX_OPEN:
+            if len(self._open) > self._most_open:
                 self._open.popitem(last=False)
         return file
 

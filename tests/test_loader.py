@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -805,6 +806,37 @@ def test_a_loader_that_is_let_go_ends_its_threads(flats: Dataset) -> None:
         assert dali_threads() >= 3
         del loader
         assert all_dali_threads_end()
+    finally:
+        gc.enable()
+
+
+def test_a_loader_that_is_let_go_reads_no_further(flats: Dataset) -> None:
+    """Without waiting for cycles to be collected; so too an evaluation that is left early, and before a new position."""
+
+    def reading() -> int:
+        return sum(thread.name.startswith("ahead") for thread in threading.enumerate())
+
+    def ended(before: int) -> bool:
+        end = time.monotonic() + 10
+        while reading() > before and time.monotonic() < end:
+            time.sleep(0.01)
+        return reading() <= before
+
+    gc.collect()
+    before = reading()
+    gc.disable()
+    try:
+        loader = build(flats)
+        next(loader)
+        loader.load_state_dict(loader.state_dict())
+        next(loader)
+        assert ended(before + 1)
+        del loader
+        assert ended(before)
+        batches = build_eval_loader(flats, TINY, 4, CPU, num_threads=1)
+        next(batches)
+        del batches
+        assert ended(before)
     finally:
         gc.enable()
 

@@ -197,7 +197,7 @@ def test_few_tars_are_open_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(pipeline.reader, "MAX_OPEN", 2)
     monkeypatch.setattr(pipeline.reader, "PART", 2**23 if threads == 1 else 100)
     monkeypatch.setattr(os, "preadv", counting)
-    reader = Reader(dataset)
+    reader = Reader(dataset, again=True)
     for seed in range(5):
         check(reader, stored, np.random.default_rng(seed).integers(0, NUM, 40))
         assert open_tars(tmp_path) <= 2

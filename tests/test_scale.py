@@ -102,11 +102,11 @@ def open_and_start(folder: Path) -> list[str]:
 
 
 def test_as_many_shards_as_imagenet_has_are_read_with_few_open_files(tmp_path: Path) -> None:
-    """1,282 shards of 10 samples where 1,024 files may be open: batches come from all of them, and 512 stay open."""
+    """1,282 shards of 10 samples where 1,024 files may be open: batches come from all of them, and 256 stay open."""
     write_many(tmp_path / "set", 10 * SHARDS, SHARDS)
     samples, steps, opened, _ = open_and_start(tmp_path / "set")
     assert (samples, steps) == (f"{10 * SHARDS}", f"{10 * SHARDS // 512}")
-    assert 512 <= int(opened) < 512 + 32  # and what DALI has open
+    assert 256 <= int(opened) < 256 + 32  # and what DALI has open
 
 
 if __name__ == "__main__":
