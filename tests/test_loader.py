@@ -811,7 +811,7 @@ def test_a_loader_that_is_let_go_ends_its_threads(flats: Dataset) -> None:
 
 
 def test_a_loader_that_is_let_go_reads_no_further(flats: Dataset) -> None:
-    """Without waiting for cycles to be collected; so too an evaluation that is left early, and before a new position."""
+    """Without waiting for cycles to be collected; so does an evaluation that is left early."""
 
     def reading() -> int:
         return sum(thread.name.startswith("ahead") for thread in threading.enumerate())
