@@ -226,7 +226,7 @@ class Loader:
         """Have the worker make a batch, in memory of this thread: that of another's heap may be too small."""
         size, dtype = self.views.size, torch.half if self._half and not self._in_levels else torch.float
         views = torch.empty(2 * self.micro_batch, size, size, 3, dtype=dtype, device=self.device)
-        if not self._stream:
+        if self._stream is None:
             return self._worker.submit(self._make, run, views)
         views.record_stream(self._stream)
         free = torch.cuda.current_stream(self.device).record_event()  # what had that memory before is done with it
@@ -434,7 +434,10 @@ class Loader:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to a saved position, of any number of ranks. Raises ValueError naming what decides another stream."""
+        """Go to a saved position, of any number of ranks.
+
+        Raises ValueError naming what decides another stream, or where more samples have been replaced than may be.
+        """
         saved, mine = dict(state["identity"]), self.identity
         for name in ("views", "second_views"):
             fields = saved.get(name)
@@ -446,6 +449,11 @@ class Loader:
         ]
         if different:
             raise ValueError("the saved position belongs to another stream of batches; " + "; ".join(different))
+        if len(state["damaged"]) > self._skip_damaged:
+            raise ValueError(
+                f"{len(state['damaged'])} damaged samples have been replaced so far, more than --skip-damaged "
+                f"{self._skip_damaged} allows; give at least as many"
+            )
         wait([self._ahead] if self._ahead else [])  # it uses the pipeline
         self._ahead = self._pipe = None
         self._damaged = {int(sample): problem for sample, problem in state["damaged"].items()}

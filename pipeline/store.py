@@ -29,7 +29,7 @@ Result = TypeVar("Result")
 
 PATIENCE_S = 300.0  # how long a request is tried again before it is an error
 CONNECTIONS = 32  # requests at a time, of this process
-GAP, SPAN = 1 << 20, 8 << 20  # bytes: parts as near as GAP are asked for together, up to SPAN at a time
+GAP, SPAN = 1 << 16, 8 << 20  # bytes: parts as near as GAP are asked for together, up to SPAN at a time
 BLOCK = 4 << 20  # bytes that `opened` asks for at a time
 BLOCKS_AHEAD = 4  # of them in flight while a file is read from front to back
 REQUEST_TIMEOUT = "120s"  # of one attempt, from connecting to the last byte

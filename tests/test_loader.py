@@ -592,6 +592,8 @@ def test_damaged_samples_are_replaced_up_to_a_number(tmp_path: Path, damage: Cal
     resumed = build(data, 8, skip_damaged=len(bad))
     resumed.load_state_dict(state)
     assert [next(resumed).samples.tolist() for _ in range(6)] == expected[4:]
+    with pytest.raises(ValueError, match="damaged samples have been replaced so far, more than --skip-damaged 0"):
+        build(data, 8).load_state_dict(resumed.state_dict())
     with pytest.raises(LoaderError, match="--skip-damaged N, now"):
         global_batches(ranks(data, 1, 8, skip_damaged=len(bad) - 1), 10)
 
