@@ -319,7 +319,7 @@ def test_credentials_come_from_a_profile_where_the_environment_has_none(
 
 def test_without_obstore_an_address_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "obstore.store", None)
-    with pytest.raises(OSError, match=r"s3://elsewhere is read through obstore.*pip install 'swiftclr\[cloud\]'"):
+    with pytest.raises(OSError, match=r"s3://elsewhere is read through obstore.*pip install obstore"):
         fetch(["s3://elsewhere/file"])
 
 
