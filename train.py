@@ -26,7 +26,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args,
 
 import typer
 
+from model.run_folder import FolderError, Log, Preempted, claim, is_empty, naming
 from pipeline.views import VIEWS, ViewConfig, make_views, parse_changes
 from tools import one_message
 
@@ -219,10 +220,6 @@ RECIPES: dict[str, TrainConfig] = {
 
 class RunError(ValueError):
     """The caller's options, data or run folder cannot be used; the message says what to do."""
-
-
-class Preempted(Exception):
-    """A signal asked the run to stop; it saved a checkpoint and can go on from there."""
 
 
 # ---- the step and the loop -----------------------------------------------------------------------------------------
@@ -446,7 +443,7 @@ def train(
     from accelerate.utils import broadcast_object_list
 
     stop = Stop()
-    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())) and not resume:
+    if out is not None and out.exists() and (not out.is_dir() or not is_empty(out)) and not resume:
         raise RunError(f"{out} is not empty; go on with --resume, or give a new folder with --out")
     if resume and out is None:
         raise RunError("--resume needs --out, the run folder to go on in")
@@ -454,10 +451,29 @@ def train(
     out = broadcast_object_list([out or next_free(Path("runs") / recipe)])[0]
     assert out is not None
     accelerator.project_configuration.project_dir = accelerator.project_configuration.logging_dir = str(out)
-    log = Log(out, accelerator.process_index)
-    with log.outcome():
-        newest = newest_of_all(accelerator, out / "checkpoints") if resume else None
-        return _train(config, accelerator, newest, log, stop, recipe, origin or {})
+    with one_writer(accelerator, out) as holder:
+        log = Log(out, accelerator.process_index, holder)
+        with log.outcome():
+            newest = newest_of_all(accelerator, out / "checkpoints") if resume else None
+            return _train(config, accelerator, newest, log, stop, recipe, origin or {})
+
+
+@contextmanager
+def one_writer(accelerator: "Accelerator", out: Path) -> Iterator[str]:
+    """The main process claims the run folder; yields the claim's holder. RunError on all where another run has it."""
+    from accelerate.utils import broadcast_object_list
+
+    with ExitStack() as stack:
+        holder, refusal = "", ""
+        if accelerator.is_main_process:
+            try:
+                holder = stack.enter_context(claim(out)).holder
+            except FolderError as error:
+                refusal = str(error)
+        holder, refusal = broadcast_object_list([(holder, refusal)])[0]
+        if refusal:
+            raise RunError(refusal)
+        yield holder
 
 
 def newest_of_all(accelerator: "Accelerator", folder: Path) -> Path | None:
@@ -479,7 +495,7 @@ def _train(
     config: TrainConfig,
     accelerator: "Accelerator",
     newest: Path | None,
-    log: "Log",
+    log: Log,
     stop: "Stop",
     recipe: str,
     origin: Mapping[str, str],
@@ -607,7 +623,7 @@ def _train(
         + (", from nothing: the checkpoint has none" if anew else "")
         + "\n"
         f"  settings   {settings(config, origin)}"
-        + "".join(f"\n  note       {note}" for note in changed_sums(before, config, world_size))
+        + "".join(f"\n  note       {note}" for note in [*log.notes, *changed_sums(before, config, world_size)])
     )
     pending: list[tuple[int, Outcome, float]] = []
     last_z = torch.empty(0)
@@ -839,102 +855,11 @@ def save_grid(views: "Tensor", config: ViewConfig, path: Path) -> None:
 
     n = len(views) // 2
     pairs = torch.stack([views[: min(n, 8)], views[n : n + min(n, 8)]], 1).flatten(0, 1)
-    save_image(make_grid(config.pixels(pairs.cpu()), nrow=4), path)
+    with naming(path):
+        save_image(make_grid(config.pixels(pairs.cpu()), nrow=4), path)
 
 
-# ---- what a run leaves behind --------------------------------------------------------------------------------------
-
-
-class Log:
-    """The run folder's files; only the main process writes, but for the end that another one meets."""
-
-    def __init__(self, out: Path, rank: int) -> None:
-        self.out, self.rank, self.main = out, rank, rank == 0
-        self.told: dict[str, Any] = {}  # damaged samples that have been named, by their keys
-        self.started, self.step = False, 0  # steps done
-        if self.main and self._state() not in (None, "done"):
-            self._status("running", "setting up")  # no longer how it ended last time
-
-    def start(self, config: dict[str, Any], resume_at: int) -> None:
-        self.started, self.step = True, resume_at
-        if not self.main:
-            return
-        self.out.mkdir(parents=True, exist_ok=True)
-        for name in ("metrics.jsonl", "speed.jsonl"):  # rows after the checkpoint will be written again
-            kept = []
-            if resume_at and (self.out / name).exists():
-                lines = (self.out / name).read_text().splitlines(keepends=True)
-                kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= resume_at]
-            self._replace(name, "".join(kept))
-        self._replace("config.json", json.dumps(config, indent=1))
-        if self._state() != "failed":  # on another rank, meanwhile
-            self._status("running", "")
-
-    def metrics(self, rows: list[dict[str, Any]]) -> None:
-        self._append("metrics.jsonl", rows)
-
-    def speed(self, row: dict[str, Any]) -> None:
-        self._append("speed.jsonl", [row])
-
-    def damaged(self, samples: Sequence[tuple[str, str, str]]) -> None:
-        """damaged.jsonl: the samples that were replaced, as (shard, key, problem), each once; for quarantine --from."""
-        file = self.out / "damaged.jsonl"
-        if self.main and not self.told and file.exists():
-            self.told = {row["key"]: row for row in map(json.loads, file.read_text().splitlines())}
-        rows = [{"shard": shard, "key": key, "problem": problem} for shard, key, problem in samples]
-        new = {row["key"]: row for row in rows if row["key"] not in self.told}
-        if new:
-            self._append(file.name, list(new.values()))
-            self.told |= new
-
-    def status(self, state: Literal["running", "preempted", "failed", "done"], message: str = "") -> None:
-        """status.json, for whatever watches the run: exit codes do not survive the launcher.
-
-        Any process writes that it failed, once the folder is a run's. The first one's words stay: the others then fail
-        because it is gone.
-        """
-        if (self.main or state == "failed") and self._state() == "running":
-            self._status(state, message)
-
-    def _state(self) -> str | None:
-        file = self.out / "status.json"
-        return json.loads(file.read_text())["state"] if file.exists() else None
-
-    def _status(self, state: str, message: str) -> None:
-        row = {"state": state, "step": self.step, "rank": self.rank, "message": message}
-        if self.told:
-            row["damaged"] = len(self.told)
-        self._replace("status.json", json.dumps(row))
-
-    @contextmanager
-    def outcome(self) -> Iterator[None]:
-        try:
-            yield
-        except Preempted as error:
-            self.status("preempted", str(error))
-            raise
-        except BaseException as error:
-            self.status("failed", f"{type(error).__name__}: {error}")
-            if self.started and type(error) is ValueError:  # what the caller can mend has been looked at before
-                raise RuntimeError(f"rank {self.rank} failed in step {self.step + 1}: {error}") from error
-            raise
-
-    def knn(self) -> dict[int, float]:
-        """Accuracies logged so far by step; empty off the main process."""
-        lines = (self.out / "metrics.jsonl").read_text().splitlines() if self.main else []
-        return {row["step"]: row["knn"] for row in map(json.loads, lines) if "knn" in row}
-
-    def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
-        if self.main:
-            with open(self.out / name, "a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
-                file.flush()
-                os.fsync(file.fileno())  # a checkpoint follows only after the rows it stands on are on the disk
-
-    def _replace(self, name: str, text: str) -> None:
-        partial = self.out / f".{name}.{self.rank}.tmp"
-        partial.write_text(text)
-        os.replace(partial, self.out / name)
+# ---- its clock, its end, and how it says what it does --------------------------------------------------------------
 
 
 class Clock:

@@ -803,6 +803,35 @@ def test_a_run_is_never_overwritten_nor_resumed_with_other_settings(shards: Path
     assert json.loads((out / "status.json").read_text())["state"] == "done"
 
 
+def test_a_second_training_on_one_folder_is_refused_and_changes_nothing(shards: Path, tmp_path: Path) -> None:
+    """By name and with exit code 2, on every process of it; the first goes on to its end as if alone."""
+    out = tmp_path / "run"
+    first = start(shards, out)
+    wait_for_step(first, out, 3)
+    first.send_signal(signal.SIGSTOP)  # so that nothing changes but by the others
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    refused = run("--data", str(shards), "--out", str(out), "--steps", "30", "--resume")
+    again = run("--data", str(shards), "--out", str(out), "--steps", "30")
+    torch.multiprocessing.spawn(_refused_rank, (2, free_port(), str(shards), str(out)), nprocs=2)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    first.send_signal(signal.SIGCONT)
+    assert first.wait(timeout=120) == 0, first.communicate()[0]
+    assert (refused.exit_code, f"{out} is in use by another process (process {first.pid} on " in refused.output) == (
+        2,
+        True,
+    ), refused.output
+    assert (again.exit_code, "is not empty; go on with --resume" in again.output) == (2, True)
+    assert json.loads((out / "status.json").read_text())["state"] == "done"
+    assert [row["step"] for row in rows(out)] == list(range(1, 31))
+    assert not (out / ".lock").exists()
+
+
+def _refused_rank(rank: int, world_size: int, port: int, data: str, out: str) -> None:
+    join(rank, world_size, port)
+    done = run("--data", data, "--out", out, "--steps", "30", "--resume")
+    assert (done.exit_code, f"rank {rank}: train: {out} is in use" in done.output) == (2, True), done.output
+
+
 def test_another_data_set_is_not_resumed(shards: Path, tmp_path: Path) -> None:
     out, data = tmp_path / "run", tmp_path / "data"
     assert run("--data", str(shards), "--out", str(out), "--steps", "2").exit_code == 0

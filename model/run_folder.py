@@ -1,0 +1,340 @@
+"""A run folder's files: rows and states that outlive kill -9 and a full disk, written by one process at a time.
+
+What is replaced is on the disk whole before it takes its name, what is appended is there before the call returns, and
+every OSError names its file. metrics.jsonl and its like are read by `read_rows` alone.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+LOCK = ".lock"
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # of a file system that has none
+
+
+class FolderError(ValueError):
+    """A folder cannot be written in, or another process writes it; the message names it and says what to do."""
+
+
+class Preempted(Exception):
+    """A signal asked the run to stop; it saved a checkpoint and can go on from there."""
+
+
+# ---- one writer ----------------------------------------------------------------------------------------------------
+
+
+class Claim(NamedTuple):
+    """A folder that this process alone may write in."""
+
+    descriptor: int  # of the lock: a child that inherits it keeps the folder claimed until it ends, too
+    holder: str  # what folder/.lock says as long as the claim holds
+
+
+@contextmanager
+def claim(folder: Path) -> Iterator[Claim]:
+    """Make this process the one writer of `folder`, created if need be, until the block ends or the process dies.
+
+    The lock is an flock on folder/.lock, a file that names its holder and goes with the claim; NFS carries it between
+    nodes. A folder that was created here and stayed empty goes too. Raises FolderError if another process is the
+    writer, or if the folder cannot be written in.
+    """
+    created, file = not folder.exists(), folder / LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = _lock(file)
+        holder = f"process {os.getpid()} on {os.uname().nodename}, since {datetime.now(UTC).isoformat()}"
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, holder.encode(), 0)
+    except BlockingIOError as error:
+        raise FolderError(
+            f"{folder} is in use by another process ({holder_of(folder)}): wait until it has ended or stop it, or give "
+            "another folder"
+        ) from error
+    except OSError as error:
+        where = error.filename or file
+        raise FolderError(
+            f"{folder} cannot be written in ({where}: {error.strerror}): give another folder, or make room and allow "
+            "writing there"
+        ) from error
+    try:
+        yield Claim(descriptor, holder)
+    finally:
+        with contextlib.suppress(OSError):
+            file.unlink()
+            if created:
+                folder.rmdir()  # fails if it holds anything
+        os.close(descriptor)
+
+
+def holder_of(folder: Path) -> str:
+    """Who claimed a folder, in the words of `Claim.holder`; "" if nobody did."""
+    try:
+        return (folder / LOCK).read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether nothing lies in a folder but perhaps the lock of a process that was killed."""
+    return all(path.name == LOCK for path in folder.iterdir())
+
+
+def _lock(file: Path) -> int:
+    """A descriptor of `file`, created if need be, with its lock. Raises BlockingIOError if another process has it."""
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, file)
+            if os.path.samestat(os.fstat(descriptor), os.stat(file, follow_symlinks=False)):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # its holder removed the file meanwhile: this lock would keep nobody out
+
+
+def _flock(descriptor: int, how: int, file: Path) -> None:
+    try:
+        fcntl.flock(descriptor, how)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        warnings.warn(
+            f"{file.parent} lies on a file system without locks ({error.strerror}): see to it that no other process "
+            "writes there",
+            stacklevel=2,
+        )
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError that names no file, as that of a full disk, gets the name of `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def flush(path: Path) -> None:
+    """fsync: the bytes of a file, or the names in a folder, are on the disk afterwards."""
+    with naming(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_text(path: Path, text: str, writer: int = 0) -> None:
+    """Write a file that is on the disk whole, or as it was before; writer tells apart those that may do so at once."""
+    partial = path.with_name(f".{path.name}.{writer}.tmp")
+    partial.unlink(missing_ok=True)  # of a process that was killed, or a link that leads elsewhere
+    try:
+        with naming(path), open(partial, "x") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def overwrite(path: Path, text: str) -> None:
+    """Write over a file in the room that it has already, where the disk is full or its folder may not be written."""
+    with naming(path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
+        try:
+            data = text.encode()
+            os.pwrite(descriptor, data, 0)
+            os.ftruncate(descriptor, len(data))
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def append_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Add a line of JSON for each row; all are on the disk afterwards, or none is. Several processes may call at once.
+
+    A last line that a killed process cut off is removed first. Raises OSError.
+    """
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    with naming(file), open(file, "a+b", buffering=0) as opened:  # a buffer would be written again on closing
+        _flock(opened.fileno(), fcntl.LOCK_EX, file)  # only as long as it takes to write
+        size = opened.seek(0, os.SEEK_END)
+        if size and os.pread(opened.fileno(), 1, size - 1) != b"\n":
+            size = os.pread(opened.fileno(), size, 0).rfind(b"\n") + 1
+            opened.truncate(size)
+        try:
+            while data:
+                data = data[opened.write(data) :]
+            os.fsync(opened.fileno())
+        except OSError:
+            os.ftruncate(opened.fileno(), size)
+            raise
+
+
+def read_rows(file: Path, faults: list[str] | None = None) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines. A last line without its end is still being written, and left out.
+
+    faults  collects what is wrong with the lines that are passed over; None: the first such line is a ValueError that
+            names the file and the line.
+    """
+    rows = []
+    *lines, _ = file.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("no object")
+            rows.append(row)
+        except (ValueError, RecursionError) as error:
+            fault = f"line {number}: expected a JSON object, got {line[:60].decode(errors='replace')!r}"
+            if faults is None:
+                raise ValueError(f"{file}, {fault}") from error
+            faults.append(fault)
+    return rows
+
+
+# ---- what a run leaves behind --------------------------------------------------------------------------------------
+
+
+class Log:
+    """The run folder's files; only the main process writes, but for the end that another one meets.
+
+    holder  of the claim that the main process has on `out`. Notes are lines about files that were found damaged.
+    """
+
+    def __init__(self, out: Path, rank: int, holder: str) -> None:
+        self.out, self.rank, self.main, self.holder = out, rank, rank == 0, holder
+        self.told: dict[str, Any] = {}  # damaged samples that have been named, by their keys
+        self.started, self.step = False, 0  # steps done
+        self.notes: list[str] = []
+        if self.main and (state := self._state()) not in (None, "done"):
+            if state == "damaged":
+                self.notes.append(f"{out / 'status.json'} was damaged: how the run ended before is lost")
+            self._status("running", "setting up")  # no longer how it ended last time
+
+    def start(self, config: dict[str, Any], resume_at: int) -> None:
+        """Rows of steps after `resume_at` will be written again; of those before it, what is damaged is left out."""
+        self.started, self.step = True, resume_at
+        if not self.main:
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        # every step has a row of metrics, and a checkpoint one of speed at its step
+        expected = {"metrics.jsonl": set(range(1, resume_at + 1)), "speed.jsonl": {resume_at} - {0}}
+        for name, steps in expected.items():
+            rows = self._rows(name) if resume_at else []
+            rows = [row for row in rows if type(row.get("step")) is int and row["step"] <= resume_at]
+            if lost := len(steps - {row["step"] for row in rows if "knn" not in row}):
+                what = f"{lost} of the {resume_at} steps" if name == "metrics.jsonl" else "some steps"
+                self._note(name, f"rows of {what} up to the checkpoint are lost")
+            self._write_rows(name, rows)
+        if (self.out / "damaged.jsonl").exists():
+            self.told = {row["key"]: row for row in self._rows("damaged.jsonl") if isinstance(row.get("key"), str)}
+            self._write_rows("damaged.jsonl", list(self.told.values()))
+        write_text(self.out / "config.json", json.dumps(config, indent=1))
+        if self._state() != "failed":  # on another rank, meanwhile
+            self._status("running", "")
+
+    def metrics(self, rows: list[dict[str, Any]]) -> None:
+        self._append("metrics.jsonl", rows)
+
+    def speed(self, row: dict[str, Any]) -> None:
+        self._append("speed.jsonl", [row])
+
+    def damaged(self, samples: Sequence[tuple[str, str, str]]) -> None:
+        """damaged.jsonl: the samples that were replaced, as (shard, key, problem), each once; for quarantine --from."""
+        rows = [{"shard": shard, "key": key, "problem": problem} for shard, key, problem in samples]
+        new = {row["key"]: row for row in rows if row["key"] not in self.told}
+        if new:
+            self._append("damaged.jsonl", list(new.values()))
+            self.told |= new
+
+    def status(self, state: Literal["running", "preempted", "failed", "done"], message: str = "") -> None:
+        """status.json, for whatever watches the run: exit codes do not survive the launcher.
+
+        Any process writes that it failed, once the folder is a run's and as long as it is this one's. The first one's
+        words stay: the others then fail because it is gone.
+        """
+        ours = self.main or (state == "failed" and holder_of(self.out) == self.holder)
+        if ours and self._state() in ("running", "damaged"):
+            self._status(state, message)
+
+    @contextmanager
+    def outcome(self) -> Iterator[None]:
+        try:
+            yield
+        except Preempted as error:
+            self.status("preempted", str(error))
+            raise
+        except BaseException as error:
+            with contextlib.suppress(OSError):  # where not even this can be written, what is raised says why
+                self.status("failed", f"{type(error).__name__}: {error}")
+            if self.started and type(error) is ValueError:  # what the caller can mend has been looked at before
+                raise RuntimeError(f"rank {self.rank} failed in step {self.step + 1}: {error}") from error
+            raise
+
+    def knn(self) -> dict[int, float]:
+        """Accuracies logged so far by step; empty off the main process."""
+        rows = read_rows(self.out / "metrics.jsonl") if self.main else []
+        return {row["step"]: row["knn"] for row in rows if "knn" in row}
+
+    def _state(self) -> str | None:
+        """What status.json says; None if there is none, "damaged" if it says nothing."""
+        try:
+            state = json.loads((self.out / "status.json").read_bytes())["state"]
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return "damaged"
+        return state if isinstance(state, str) else "damaged"
+
+    def _status(self, state: str, message: str) -> None:
+        row = {"state": state, "step": self.step, "rank": self.rank, "message": message}
+        if self.told:
+            row["damaged"] = len(self.told)
+        file = self.out / "status.json"
+        try:
+            write_text(file, json.dumps(row), self.rank)
+        except OSError:
+            if not file.exists():
+                raise
+            overwrite(file, json.dumps(row | {"message": message[:1000]}))  # so that a block of 4 KiB is enough
+
+    def _rows(self, name: str) -> list[dict[str, Any]]:
+        faults: list[str] = []
+        rows = read_rows(self.out / name, faults) if (self.out / name).exists() else []
+        if faults:
+            self._note(name, f"{len(faults)} lines are left out, the first is {faults[0]}")
+        return rows
+
+    def _write_rows(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
+        write_text(self.out / name, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def _note(self, name: str, what: str) -> None:
+        """One line for each file: further faults of it join the first."""
+        start = f"{self.out / name} was damaged: "
+        if self.notes and self.notes[-1].startswith(start):
+            self.notes[-1] += f"; {what}"
+        else:
+            self.notes.append(start + what)
+
+    def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
+        if self.main:  # a checkpoint follows only after the rows it stands on are on the disk
+            append_rows(self.out / name, rows)
