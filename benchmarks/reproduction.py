@@ -15,7 +15,8 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.measure import append, environment
-from benchmarks.training import rows_of, training_s
+from benchmarks.training import training_s
+from model.run_folder import read_rows
 from tools.evaluate import app
 
 
@@ -47,7 +48,7 @@ def main(
     for run, config in zip(runs, configs, strict=True):
         sets = (run, train, test, "--seed", config["seed"])
         tuned = evaluate("finetune", *sets, *few)["scores"]
-        speed = rows_of(run / "speed.jsonl")
+        speed = read_rows(run / "speed.jsonl")
         row = {
             "run": name,
             "seed": config["seed"],

@@ -13,6 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
+from model.run_folder import read_rows
+
 
 def record(
     run: Annotated[Path, typer.Argument(help="Run folder of train.py.")],
@@ -22,7 +24,7 @@ def record(
     from benchmarks.measure import RECORDS, append, environment
 
     config = json.loads((run / "config.json").read_text())
-    metrics, speed = (rows_of(run / file) for file in ("metrics.jsonl", "speed.jsonl"))
+    metrics, speed = (read_rows(run / file) for file in ("metrics.jsonl", "speed.jsonl"))
     if json.loads((run / "status.json").read_text())["state"] != "done":
         raise typer.BadParameter(f"{run} is not done; a record is of a finished run")
     scored = [row for row in metrics if "knn" in row]
@@ -45,10 +47,6 @@ def record(
     for row in rows:
         typer.echo(f"step {row['step']:>7}  {row['training_s']:>8.1f} s of training  kNN {row['knn_top1']}")
     typer.echo(f"{facts['images_per_s_median']:.0f} images/s on {facts['device']}")
-
-
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def training_s(speed: list[dict[str, Any]], step: int) -> float:

@@ -39,12 +39,12 @@ class Claim(NamedTuple):
 
 
 @contextmanager
-def claim(folder: Path) -> Iterator[Claim]:
+def claim(folder: Path, program: str = "process") -> Iterator[Claim]:
     """Make this process the one writer of `folder`, created if need be, until the block ends or the process dies.
 
     The lock is an flock on folder/.lock, a file that names its holder and goes with the claim; NFS carries it between
-    nodes. A folder that was created here and stayed empty goes too. Raises FolderError if another process is the
-    writer, or if the folder cannot be written in.
+    nodes. A folder that was created here and stayed empty goes too. Raises FolderError if another process, which the
+    message calls `program`, is the writer, or if the folder cannot be written in.
     """
     created, file = not folder.exists(), folder / LOCK
     try:
@@ -55,8 +55,8 @@ def claim(folder: Path) -> Iterator[Claim]:
         os.pwrite(descriptor, holder.encode(), 0)
     except BlockingIOError as error:
         raise FolderError(
-            f"{folder} is in use by another process ({holder_of(folder)}): wait until it has ended or stop it, or give "
-            "another folder"
+            f"{folder} is in use by another {program} ({holder_of(folder)}): wait until it has ended, or stop it, or "
+            "give another folder"
         ) from error
     except OSError as error:
         where = error.filename or file
@@ -140,19 +140,28 @@ def flush(path: Path) -> None:
             os.close(descriptor)
 
 
-def write_text(path: Path, text: str, writer: int = 0) -> None:
-    """Write a file that is on the disk whole, or as it was before; writer tells apart those that may do so at once."""
+@contextmanager
+def replacing(path: Path, writer: int = 0) -> Iterator[Path]:
+    """Yield where to write what takes the place of `path`, once it is on the disk; if the block fails, nothing changes.
+
+    writer tells apart the processes that may do so at once. An OSError names a file.
+    """
     partial = path.with_name(f".{path.name}.{writer}.tmp")
     partial.unlink(missing_ok=True)  # of a process that was killed, or a link that leads elsewhere
     try:
-        with naming(path), open(partial, "x") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with naming(path):
+            yield partial
+            flush(partial)
+            os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_text(path: Path, text: str, writer: int = 0) -> None:
+    """Write a file that is on the disk whole, or as it was before; `writer` as in `replacing`."""
+    with replacing(path, writer) as partial, open(partial, "x") as file:
+        file.write(text)
 
 
 def overwrite(path: Path, text: str) -> None:
@@ -198,15 +207,17 @@ def read_rows(file: Path, faults: list[str] | None = None) -> list[dict[str, Any
     rows = []
     *lines, _ = file.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
+        expected, row = "an object", None
         try:
             row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError("no object")
+        except (ValueError, RecursionError):
+            expected = "JSON"
+        if isinstance(row, dict):
             rows.append(row)
-        except (ValueError, RecursionError) as error:
-            fault = f"line {number}: expected a JSON object, got {line[:60].decode(errors='replace')!r}"
+        else:
+            fault = f"line {number}: expected {expected}, got {line[:60].decode(errors='replace')!r}"
             if faults is None:
-                raise ValueError(f"{file}, {fault}") from error
+                raise ValueError(f"{file}, {fault}")
             faults.append(fault)
     return rows
 

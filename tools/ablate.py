@@ -27,7 +27,6 @@ Chen et al. 2020, arXiv:2002.05709: sections 3 to 5; tables 1 and 5, figures 5, 
 
 import csv
 import ctypes
-import fcntl
 import itertools
 import json
 import math
@@ -286,12 +285,13 @@ class Study:
 
     def fit(self, run: Path, changes: list[str], seed: int) -> dict[str, Any]:
         """Train to the end, from the newest checkpoint if there is one: what the finished run says of itself."""
-        from benchmarks.training import rows_of, training_s
+        from benchmarks.training import training_s
+        from model.run_folder import read_rows
 
         fixed = ["--data", self.train.root, "--out", run, "--resume", "--seed", seed]
         self.call("train.py", [*self.settings, *changes, *fixed], run)
         config = json.loads((run / "config.json").read_text())
-        metrics, speed = rows_of(run / "metrics.jsonl"), rows_of(run / "speed.jsonl")
+        metrics, speed = read_rows(run / "metrics.jsonl"), read_rows(run / "speed.jsonl")
         losses = [row["loss"] for row in metrics if row.get("loss") is not None]
         return {
             "loss": round(statistics.mean(losses[-(self.train.samples // config["batch_size"]) :]), 4),
@@ -301,6 +301,8 @@ class Study:
 
     def score(self, encoder: Path, run: Path, *options: object) -> dict[str, Any]:
         """Top-1 of the frozen features by each of SCORES."""
+        from model.run_folder import read_rows
+
         results = run.with_name(f"{run.name}.jsonl")
         results.unlink(missing_ok=True)  # of a scoring that was interrupted
         run.parent.mkdir(parents=True, exist_ok=True)
@@ -309,8 +311,7 @@ class Study:
         self.call(
             "tools/evaluate.py", ["logistic", *sets, *itertools.chain(*(("--l2", l2) for l2 in L2)), *options], run
         )
-        rows = map(json.loads, results.read_text().splitlines())
-        return {row["evaluation"]: next(iter(row["scores"].values()))["top1"] for row in rows}
+        return {row["evaluation"]: next(iter(row["scores"].values()))["top1"] for row in read_rows(results)}
 
     def keep(self, cell: str, seed: int, found: Mapping[str, Any]) -> None:
         """A line of results.csv; loss is the mean over the last epoch, seconds are of training alone."""
@@ -370,6 +371,7 @@ class Study:
 @contextmanager
 def study(name: str, settings: list[str], data: Path, eval_data: Path, out: Path) -> Iterator[Study]:
     """Claims the folder for this process and for this grid alone. Raises ValueError for what the caller can mend."""
+    from model.run_folder import claim, is_empty, write_text
     from pipeline.shards import read_dataset
 
     train, test = read_dataset(data), read_dataset(eval_data)
@@ -377,27 +379,24 @@ def study(name: str, settings: list[str], data: Path, eval_data: Path, out: Path
         raise ValueError(f"{data} and {eval_data} must be labelled with the same classes; make them from class folders")
     this = {"grid": name, "settings": shlex.join(settings), "data": train.fingerprint, "eval_data": test.fingerprint}
     told = out / "grid.json"
-    if out.exists() and not (out.is_dir() and (told.exists() or not any(out.iterdir()))):
+    if out.exists() and not (out.is_dir() and (told.exists() or is_empty(out))):
         raise ValueError(f"{out} is not empty and holds no grid: give a new folder with --out")
-    out.mkdir(parents=True, exist_ok=True)
-    with open(told, "a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"{out} is in use by another ablate.py, or by a training that has yet to stop") from error
+    with claim(out, "ablate.py, or a training of its that has yet to stop") as mine:
         if any(out.glob("*=*/**/checkpoints/step-*")):
-            lock.seek(0)
-            there = json.load(lock)
-            changed = [f"{key}: {there[key]} there, {value} now" for key, value in this.items() if there[key] != value]
+            try:
+                there = json.loads(told.read_bytes())
+                changed = [
+                    f"{key}: {there[key]} there, {value} now" for key, value in this.items() if there[key] != value
+                ]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{told} does not say which grid this is ({error}): give a new --out") from error
             if changed:
                 raise ValueError(f"{out} holds another grid ({'; '.join(changed)}): give a new folder with --out")
         else:  # nothing has been trained that other settings could mix with
-            lock.truncate(0)
-            lock.write(json.dumps(this, indent=1))
-            lock.flush()
+            write_text(told, json.dumps(this, indent=1))
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            yield Study(name=name, settings=settings, train=train, test=test, out=out, lock=lock.fileno())
+            yield Study(name=name, settings=settings, train=train, test=test, out=out, lock=mine.descriptor)
         finally:
             signal.signal(signal.SIGTERM, before)
 

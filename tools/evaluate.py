@@ -354,6 +354,7 @@ def embed(
             import torch
 
             from model.checkpoint import write_tensors
+            from model.run_folder import replacing
             from pipeline.subset import keys
 
             (dataset,) = on.sets
@@ -365,14 +366,13 @@ def embed(
             } | ({"labels": labels} if dataset.labelled else {})
             if not on.main:
                 return
-            partial = out.with_name(f".{out.name}.tmp")
-            if out.suffix == ".npz":
-                with open(partial, "wb") as file:
-                    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
-                    np.savez(file, about=np.array(json.dumps(on.facts)), **arrays)
-            else:
-                write_tensors(partial, tensors, {"about": json.dumps(on.facts)})
-            os.replace(partial, out)
+            with replacing(out) as partial:
+                if out.suffix == ".npz":
+                    with open(partial, "xb") as file:
+                        arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
+                        np.savez(file, about=np.array(json.dumps(on.facts)), **arrays)
+                else:
+                    write_tensors(partial, tensors, {"about": json.dumps(on.facts)})
             on.say(f"{out}: {', '.join(f'{name} {tuple(tensor.shape)}' for name, tensor in tensors.items())}")
 
 
@@ -401,6 +401,7 @@ def page(
     with one_message("evaluate"):
         check_new(out, ".html")
         with session(encoder, [data], view, batch_size, random_init, seed, precision, out) as on:
+            from model.run_folder import replacing
             from tools.page import compose, draw_sample
 
             dataset = draw_sample(on.sets[0], points, seed)
@@ -418,9 +419,8 @@ def page(
                 evaluations=evaluations,
                 seed=seed,
             )
-            partial = out.with_name(f".{out.name}.tmp")
-            partial.write_bytes(text.encode("utf-8", "replace"))  # a class folder's name need not be Unicode
-            os.replace(partial, out)
+            with replacing(out) as partial:
+                partial.write_bytes(text.encode("utf-8", "replace"))  # a class folder's name need not be Unicode
             on.say(f"{out}: {dataset.samples} images, {out.stat().st_size / 2**20:.1f} MiB")
 
 
@@ -541,6 +541,8 @@ class Session:
         """Print a table and append a line to the results."""
         import torch
 
+        from model.run_folder import append_rows
+
         if not self.main:
             return
         typer.echo(f"{self.facts['encoder']}, {self.facts['weights']}")
@@ -560,8 +562,7 @@ class Session:
             "torch": torch.__version__,
             **more,
         }
-        with open(self.results, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_rows(self.results, [row])
         typer.echo(f"  appended to {self.results}")
 
 

@@ -46,6 +46,7 @@ def export(
         import torch
 
         from model.checkpoint import export_encoder, load_encoder, load_head, save_head, weights_file
+        from model.run_folder import write_text
         from pipeline.views import make_views, parse_changes
         from pipeline.write import publish
         from tools import head_file, training_of
@@ -75,7 +76,7 @@ def export(
             timm = (folder / "config.json").exists()
             results = results_of(file, training.get("steps"))
             text = card(out.resolve().name, network, views, training, results, names, timm, license, dataset)
-            (folder / "README.md").write_text(text)
+            write_text(folder / "README.md", text)
             written = sorted(path.name for path in folder.iterdir())
         typer.echo(f"{out}: {', '.join(written)}")
 
@@ -85,14 +86,16 @@ def results_of(weights: Path, steps: int | None) -> list[tuple[str, str, str]]:
 
     The run's kNN is that of the start and of `steps`, which is where these weights stand.
     """
+    from model.run_folder import read_rows
+
     found = []
     metrics, rows = weights.parent.parent / "metrics.jsonl", weights.with_name("evaluation.jsonl")
-    for row in map(json.loads, metrics.read_text().splitlines() if metrics.is_file() else []):
+    for row in read_rows(metrics) if metrics.is_file() else []:
         if "knn" in row and row["step"] in (0, steps):
             found.append((f"kNN in training, step {row['step']}", _percent(row["knn"]), ""))
     with open(weights, "rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    for row in map(json.loads, rows.read_text().splitlines() if rows.is_file() else []):
+    for row in read_rows(rows) if rows.is_file() else []:
         if row["sha256"] != digest:
             continue
         options, kind = row["options"], row["evaluation"]

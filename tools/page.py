@@ -23,6 +23,8 @@ from xml.etree.ElementTree import Element
 import numpy as np
 from numpy.typing import NDArray
 
+from model.run_folder import read_rows
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -158,21 +160,6 @@ def views_grid(weights: Path, dataset: "Dataset", seed: int) -> NDArray[np.uint8
     views = make_views("imagenet", config["views"])
     second = make_views(views, config.get("second_views") or {})
     return to_bytes(grid(dataset, views, second, images=VIEW_ROWS, pairs=VIEW_PAIRS, seed=seed))
-
-
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines. A last line without its end is still being written, and left out."""
-    rows = []
-    for number, line in enumerate(file.read_text().splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
-            break
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{file}, line {number}: expected JSON, got {line[:60]!r}") from error
-        if not isinstance(rows[-1], dict):
-            raise ValueError(f"{file}, line {number}: expected an object, got {line[:60]!r}")
-    return rows
 
 
 def curves(file: Path) -> dict[str, tuple[Line, int]]:
