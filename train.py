@@ -16,7 +16,6 @@ import ctypes
 import functools
 import inspect
 import itertools
-import json
 import math
 import os
 import resource
@@ -477,12 +476,25 @@ def one_writer(accelerator: "Accelerator", out: Path) -> Iterator[str]:
 
 
 def newest_of_all(accelerator: "Accelerator", folder: Path) -> Path | None:
-    """The newest checkpoint that the main process finds, for all processes; RunError where one does not see it."""
+    """The newest whole checkpoint that the main process finds, for all processes; it prints what is wrong with newer.
+
+    RunError where there are some and none is whole, or where a process does not see the chosen one.
+    """
     from accelerate.utils import broadcast_object_list, gather_object
 
-    from model.checkpoint import latest
+    from model.checkpoint import DamagedError, latest_whole
 
-    newest = broadcast_object_list([latest(folder) if accelerator.is_main_process else None])[0]
+    newest, refusal = None, ""
+    if accelerator.is_main_process:
+        try:
+            newest, faults = latest_whole(folder)
+            for fault in faults:
+                accelerator.print(f"{fault}: passed over, going on from {newest}")
+        except DamagedError as error:
+            refusal = f"{error}. Put back a copy of one, or start anew with a new --out"
+    newest, refusal = broadcast_object_list([(newest, refusal)])[0]
+    if refusal:
+        raise RunError(refusal)
     if blind := gather_object([accelerator.process_index] if newest and not newest.is_dir() else []):
         raise RunError(
             f"rank {', '.join(map(str, blind))} does not see {newest}, where rank 0 goes on: --out must be a folder "
@@ -515,7 +527,7 @@ def _train(
 
     out, main, cuda = log.out, accelerator.is_main_process, torch.cuda.is_available()
     world_size, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
-    found: dict[str, Any] = json.loads((newest / "state.json").read_bytes()) if newest else {"step": 0, "extra": None}
+    found: dict[str, Any] = checkpoint.read_state(newest) if newest else {"step": 0, "extra": None}
     log.step, saved = found["step"], found["extra"]
 
     # Data
@@ -605,6 +617,10 @@ def _train(
         in_a_row = saved.get("skipped_in_a_row", 0)
     if config.track:
         accelerator.init_trackers("swiftclr", config={k: str(v) for k, v in asdict(config).items()})
+    if newest and main:
+        log.notes += [f"a damaged checkpoint is now {path}" for path in checkpoint.set_aside_newer(newest)]
+        if checkpoint.OWN_HASH not in found:
+            log.notes.append(f"{newest / 'state.json'} is an earlier version's: no hash tells whether it is as written")
     log.start({"command": shlex.join(["train.py", *sys.argv[1:]]), **asdict(config)}, step)
     where = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
     accelerator.print(

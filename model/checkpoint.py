@@ -1,9 +1,9 @@
 """Checkpoints that survive kill -9, and the encoder as plain weights. The only home of safetensors.
 
 A checkpoint is a folder `step-0000123/` of model.safetensors, optimizer.safetensors, perhaps probe.safetensors, and
-state.json (all that is no tensor, and the hashes of the others). It is written under another name, flushed to the disk
-and then renamed, so a name holds a whole checkpoint or does not exist. Nothing is pickled, and nothing in a file is
-believed before it matches the model at hand.
+state.json (all that is no tensor, the hashes of the others, and last its own). It is written under another name,
+flushed to the disk and then renamed, so a name holds a whole checkpoint or does not exist; damage that comes later is
+found by the hashes. Nothing is pickled, and nothing in a file is believed before it matches the model at hand.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from model.encoder import LAYERS, Encoder, build_encoder
 from model.names import Names, from_torchvision, to_torchvision
+from model.run_folder import flush, naming
 from model.simclr import NUM_LAYERS, ProjectionHead
 
 FORMAT = 1
@@ -33,7 +34,13 @@ NOT_PICKLES = (
     "A .ckpt or .pth can run code and is not read here: if you trust it, load it with torch (weights_only=True) and "
     "give its state_dict, every tensor contiguous, to safetensors.torch.save_file"
 )
+ALWAYS = ("model.safetensors", "optimizer.safetensors")  # files of every checkpoint
+OWN_HASH = "sha256_of_the_above"  # the last key of a checkpoint's state.json
 METADATA_KEY = "swiftclr"  # exactly one: safetensors writes several in random order, and no two files are equal
+
+
+class DamagedError(ValueError):
+    """A file that is not as it was written; the message names it and what is wrong."""
 
 
 class NotFiniteError(ValueError):
@@ -91,8 +98,8 @@ def save(
             "optimizer": {"class": type(optimizer).__name__, "groups": _groups(optimizer, names), "values": values},
             "extra": dict(extra),
         }
-        _write_json(partial / "state.json", state)
-        _flush(partial)
+        _write(partial / "state.json", _state_text(state))
+        flush(partial)
         os.rename(partial, final)
     for _, old in _published(folder)[:-keep]:
         if old != final:  # a run gone back to an earlier step saves below the newest
@@ -108,6 +115,72 @@ def latest(folder: str | Path) -> Path | None:
     return published[-1][1] if published else None
 
 
+def latest_whole(folder: str | Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint in `folder` that is whole, and a line about each newer one; (None, []) if there is none.
+
+    Raises DamagedError if none of several is whole.
+    """
+    faults: list[str] = []
+    for _, path in reversed(_published(Path(folder))):
+        try:
+            read_state(path)
+            return path, faults
+        except (DamagedError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            faults.append(str(error))
+    if faults:
+        raise DamagedError(f"no checkpoint in {folder} is whole: {'; '.join(faults)}")
+    return None, []
+
+
+def set_aside_newer(path: Path) -> list[Path]:
+    """Rename checkpoints newer than `path`, which `latest_whole` passed over, to damaged-step-...; what they are now.
+
+    Otherwise they would stand in the way of those that a run saves from there on.
+    """
+    moved = []
+    for _, newer in reversed(_published(path.parent)):
+        if newer.name == path.name:
+            break
+        target = newer.with_name(f"damaged-{newer.name}")
+        if target.exists():
+            shutil.rmtree(target)
+        os.rename(newer, target)
+        moved.append(target)
+    return moved
+
+
+def read_state(path: str | Path, files: Collection[str] | None = None) -> dict[str, Any]:
+    """state.json of a checkpoint that is as it was written, with all its files, or those named in `files`.
+
+    A folder named step-N must be of step N. Checkpoints from before state.json had its own hash are read as well, held
+    to those of their other files: they lack the key OWN_HASH. Raises DamagedError or FileNotFoundError naming the file.
+    """
+    path = Path(path)
+    file = path / "state.json"
+    data = file.read_bytes()
+    try:
+        state = json.loads(data)
+        if state["format"] != FORMAT:
+            raise DamagedError(
+                f"{file} has format {state['format']!r}, expected {FORMAT}: it is damaged, or a later version's"
+            )
+        if OWN_HASH in state and data != _state_text(state).encode():
+            raise DamagedError(f"{file} is damaged: it does not have the sha256 that it states")
+        if strange := state.keys() - {"format", "step", "sha256", "optimizer", "extra", OWN_HASH}:
+            raise DamagedError(f"{file} is damaged: it has the key {min(strange)!r}")
+        if path.name.startswith("step-") and path.name != f"step-{state['step']:07d}":
+            raise DamagedError(f"{file} is of step {state['step']}, which is not that of its folder's name")
+        expected = {name: state["sha256"][name] for name in files or {*state["sha256"], *ALWAYS}}
+    except DamagedError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise DamagedError(f"{file} is damaged: {error!r}") from error
+    for name, digest in expected.items():
+        if (found := _sha256(path / name)) != digest:
+            raise DamagedError(f"{path / name} is damaged: its sha256 is {found[:12]}…, expected {str(digest)[:12]}…")
+    return state
+
+
 def load(
     path: str | Path, *, model: nn.Module, optimizer: Optimizer, probe: nn.Module | None = None
 ) -> tuple[int, dict[str, Any]]:
@@ -117,14 +190,9 @@ def load(
     naming the file, the key, what is expected and what is there; then none has been touched.
     """
     path = Path(path)
-    state = json.loads((path / "state.json").read_bytes())
-    if state.get("format") != FORMAT:
-        raise ValueError(f"{path}/state.json has format {state.get('format')!r}, expected {FORMAT}")
+    state = read_state(path)
     if "probe.safetensors" not in state["sha256"]:
         probe = None
-    for name in ["model.safetensors", "optimizer.safetensors"] + ["probe.safetensors"] * (probe is not None):
-        if (found := _sha256(path / name)) != (digest := state["sha256"][name]):
-            raise ValueError(f"{path / name} is damaged: its sha256 is {found[:12]}…, expected {digest[:12]}…")
     weights = _read_tensors(path / "model.safetensors", model.state_dict())
     probed = _read_tensors(path / "probe.safetensors", probe.state_dict()) if probe is not None else {}
 
@@ -202,7 +270,8 @@ def export_encoder(
     names         whose key names to use; timm can load its own and torchvision's, so others get no config.json.
     torchvision's resnetNN takes the file (strict=False, for fc is missing) and timm the folder ("local-dir:FOLDER").
     Neither can build another width, selective kernels or the small stem, so those get no config.json, and `loads_in`
-    in the metadata says what takes them. Raises ValueError for weights that are not finite.
+    in the metadata says what takes them. The metadata hold a sha256 of themselves and of the tensors. Raises
+    ValueError for weights that are not finite.
     """
     folder, name = Path(folder), f"resnet{encoder.depth}"
     weights = {k: t.to(dtype) if t.is_floating_point() else t for k, t in encoder.state_dict().items()}
@@ -242,10 +311,10 @@ def export_encoder(
         },
     }
     with _staged(folder, "encoder") as partial:
-        write_tensors(partial / file, weights, {METADATA_KEY: json.dumps(facts, sort_keys=True)})
+        write_tensors(partial / file, weights, _hashed_facts(weights, facts))
         theirs = encoder.width == 1 and encoder.stem == "standard" and not encoder.selective_kernel
         if theirs and names in ("torchvision", "timm"):
-            _write_json(partial / "config.json", timm)
+            _write(partial / "config.json", json.dumps(timm, indent=1))
             os.replace(partial / "config.json", folder / "config.json")
         os.replace(partial / file, folder / file)
     return folder / file
@@ -270,7 +339,8 @@ def load_encoder(path: str | Path) -> Encoder:
     Architecture from our metadata; a ResNet file without them is known by its shapes, under any names that model/names
     knows; fc, heads and whatever surrounds the encoder are left out, half precision becomes float32. Raises ValueError
     saying what is wrong with the file, also with one made to harm: no encoder is allocated before the header is known
-    to be small and every key, shape and type to be the architecture's.
+    to be small and every key, shape and type to be the architecture's. Where the file has a hash, or lies in a
+    checkpoint, which has one, it must be as it was written.
     """
     path = weights_file(path)
     told = read_metadata(path)
@@ -286,6 +356,7 @@ def load_encoder(path: str | Path) -> Encoder:
     weights = _read_tensors(path, expected, names=names or _names_in(path), strict=told is not None, cast=True)
     if bad := _first_not_finite(weights):
         raise ValueError(f"{path}: {bad} is not finite")
+    _check_hash(path)
     encoder.to_empty(device="cpu").load_state_dict(weights)
     return encoder.eval()
 
@@ -305,12 +376,14 @@ def load_head(path: str | Path) -> ProjectionHead:
         raise ValueError(f"{path} holds no projection head of 1 to 3 layers under the names head.0.weight ...")
     head = ProjectionHead(dense[0][1], kind=kinds[0], out_features=dense[-1][0])  # type: ignore[arg-type]
     head.load_state_dict(_read_tensors(path, head.state_dict(), names=names, strict=False, cast=True))
+    _check_hash(path)
     return head.eval()
 
 
 def save_head(path: str | Path, head: ProjectionHead) -> None:
     """Write a head alone, under the names of its layers: 0.weight, 1.weight, 1.running_mean, ..."""
-    write_tensors(Path(path), head.state_dict())
+    weights = head.state_dict()
+    write_tensors(Path(path), weights, _hashed_facts(weights, {"format": FORMAT, "holds": "a projection head"}))
 
 
 def read_metadata(path: str | Path) -> dict[str, Any] | None:
@@ -386,7 +459,7 @@ def _staged(folder: Path, name: str) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        _flush(folder)
+        flush(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -402,21 +475,50 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     except SafetensorError as error:
         raise OSError(f"{path} could not be written: {error}") from error
     path.chmod(mode)
-    _flush(path)
+    flush(path)
 
 
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1))
-    _flush(path)
+def _write(path: Path, text: str) -> None:
+    with naming(path):
+        path.write_text(text)
+    flush(path)
 
 
-def _flush(path: Path) -> None:
-    """fsync: the bytes of a file, or the names in a folder, are on the disk afterwards."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _state_text(state: Mapping[str, Any]) -> str:
+    """The text of state.json: JSON whose last entry is the sha256 of all before it."""
+    text = json.dumps({name: value for name, value in state.items() if name != OWN_HASH}, indent=1).removesuffix("\n}")
+    return f'{text},\n "{OWN_HASH}": "{hashlib.sha256(text.encode()).hexdigest()}"\n}}'
+
+
+def _tensors_sha256(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
+    """Over the facts but for this hash itself, then name, type, shape and bytes of each tensor, in order of names."""
+    digest = hashlib.sha256(json.dumps(dict(facts) | {"sha256": None}, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        plain = tensor.detach().cpu().contiguous()
+        digest.update(json.dumps([name, str(plain.dtype), list(plain.shape)]).encode())
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _hashed_facts(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> dict[str, str]:
+    """Metadata of a file of `tensors`: the facts about it with its hash, as sorted JSON under our one key."""
+    plain = json.loads(json.dumps(facts))
+    return {METADATA_KEY: json.dumps(plain | {"sha256": _tensors_sha256(tensors, plain)}, sort_keys=True)}
+
+
+def _check_hash(path: Path) -> None:
+    """Raises DamagedError if a file differs from a hash of it: in its metadata, or in its checkpoint's state.json.
+
+    Files of earlier versions and of others have none.
+    """
+    if path.name == "model.safetensors" and path.with_name("state.json").is_file():
+        read_state(path.parent, {path.name})
+    facts = read_metadata(path) or {}
+    if "sha256" in facts and (found := _tensors_sha256(_read_tensors(path), facts)) != facts["sha256"]:
+        raise DamagedError(
+            f"{path} is damaged: the sha256 of its tensors and metadata is {found[:12]}…, expected "
+            f"{str(facts['sha256'])[:12]}…"
+        )
 
 
 def _sha256(path: Path) -> str:

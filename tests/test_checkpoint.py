@@ -16,14 +16,21 @@ from torch import nn
 
 from model import checkpoint
 from model.checkpoint import (
+    OWN_HASH,
+    DamagedError,
     NotFiniteError,
     differences,
     export_encoder,
     latest,
+    latest_whole,
     load,
     load_encoder,
+    load_head,
     read_metadata,
+    read_state,
     save,
+    save_head,
+    set_aside_newer,
 )
 from model.encoder import build_encoder
 from model.lars import LARS, param_groups
@@ -351,6 +358,98 @@ def test_damage_is_found_before_anything_is_loaded(tmp_path):
         load(path, model=model, optimizer=optimizer)
 
 
+def flips(data, count=60):
+    """The data with one bit of one byte changed, at places all over it."""
+    for i in range(count):
+        changed = bytearray(data)
+        changed[i * (len(data) - 1) // (count - 1)] ^= 1 << i % 8
+        yield bytes(changed)
+
+
+def test_every_byte_of_a_checkpoint_is_covered_by_a_hash(tmp_path):
+    """A changed bit anywhere, a lost end, no bytes, no file: each is found, by the name of its file."""
+    model, optimizer = build("AdamW")
+    train(model, optimizer, range(1))
+    extra = {"config": {"base_lr": 0.3}, "note": "é"}
+    path = save(tmp_path, 1, model=model, optimizer=optimizer, extra=extra, probe=nn.Linear(2, 2))
+    for file in path.iterdir():
+        data = file.read_bytes()
+        for damaged in (*flips(data), data[:-1], data + b" ", data[: len(data) // 2], b""):
+            file.write_bytes(damaged)
+            with pytest.raises(DamagedError, match=file.name):
+                read_state(path)
+        file.unlink()
+        with pytest.raises(FileNotFoundError, match=file.name):
+            read_state(path)
+        file.write_bytes(data)
+    assert read_state(path)["extra"] == extra
+
+
+def test_a_checkpoint_is_of_the_step_that_its_name_says(tmp_path):
+    """step-0000001 renamed to step-0000007 is refused; a copy under a name without a step is read."""
+    model, optimizer = build()
+    path = save(tmp_path, 1, model=model, optimizer=optimizer, extra={})
+    shutil.copytree(path, tmp_path / "best")
+    path = path.rename(tmp_path / "step-0000007")
+    with pytest.raises(DamagedError, match=r"step-0000007/state\.json is of step 1, which is not that of its folder"):
+        load(path, model=model, optimizer=optimizer)
+    assert read_state(tmp_path / "best")["step"] == 1
+
+
+@pytest.mark.parametrize("name", ["state.json", "model.safetensors", "optimizer.safetensors"])
+@pytest.mark.parametrize("how", ["missing", "cut off", "changed", "a folder"])
+def test_the_newest_whole_checkpoint_is_found(tmp_path, name, how):
+    """Damaged ones are passed over by name and set aside, so that their steps can be saved again; or none is left."""
+    model, optimizer = tiny(1.0)
+    for step in (1, 2, 3):
+        save(tmp_path, step, model=model, optimizer=optimizer, extra={"lr": 0.25})
+    assert latest_whole(tmp_path) == (tmp_path / "step-0000003", [])
+
+    def damage(step):
+        file = tmp_path / f"step-000000{step}" / name
+        data = file.read_bytes()
+        file.unlink()
+        if how == "cut off":
+            file.write_bytes(data[:-20])
+        elif how == "changed":
+            file.write_bytes(data.replace(b"0.25", b"0.75") if name == "state.json" else data[:-1] + b"7")
+        elif how == "a folder":
+            file.mkdir()
+
+    damage(3)
+    found, (fault,) = latest_whole(tmp_path)
+    assert (found.name, f"step-0000003/{name}" in fault) == ("step-0000002", True)
+    assert set_aside_newer(found) == [tmp_path / "damaged-step-0000003"]
+    save(tmp_path, 3, model=model, optimizer=optimizer, extra={"lr": 0.25})
+    damage(3)
+    assert set_aside_newer(latest_whole(tmp_path)[0]) == [tmp_path / "damaged-step-0000003"]
+    damage(2)
+    assert latest_whole(tmp_path)[0].name == "step-0000001"
+    damage(1)
+    with pytest.raises(DamagedError, match="is whole: .*step-0000002.*; .*step-0000001"):
+        latest_whole(tmp_path)
+    assert latest_whole(tmp_path / "nothing") == (None, [])
+
+
+def test_a_checkpoint_from_before_state_json_had_a_hash_is_read(tmp_path):
+    """Its tensors are held to their hashes; a key that is almost the hash's is damage, not an old version."""
+    model, optimizer = build()
+    path = save(tmp_path, 1, model=model, optimizer=optimizer, extra={})
+    file = path / "state.json"
+    state = json.loads(file.read_text())
+    digest = state.pop(OWN_HASH)
+    file.write_text(json.dumps(state, indent=1))
+    assert load(path, model=model, optimizer=optimizer) == (1, {})
+    assert OWN_HASH not in read_state(path)
+    file.write_text(json.dumps(state | {"sha256_of_the_bbove": digest}, indent=1))
+    with pytest.raises(DamagedError, match="it has the key 'sha256_of_the_bbove'"):
+        read_state(path)
+    del state["sha256"]["model.safetensors"]
+    file.write_text(json.dumps(state, indent=1))
+    with pytest.raises(DamagedError, match="state.json is damaged: KeyError"):
+        read_state(path)
+
+
 def test_foreign_parameters_are_refused_at_save(tmp_path):
     """An optimizer of another model would be saved under names that do not exist."""
     with pytest.raises(ValueError, match="not the model's"):
@@ -513,6 +612,47 @@ def test_export_is_plain_repeatable_and_honours_the_umask(tmp_path):
     assert facts["mean"] == IMAGE["mean"]
     assert (facts["depth"], facts["width"], facts["stem"], facts["num_features"]) == (18, 1 / 64, "standard", 8)
     assert {t.dtype for t in load_file(first).values()} == {torch.float32, torch.int64}
+
+
+def test_a_changed_bit_in_an_encoder_or_a_head_is_found(tmp_path):
+    """In any weight, its shape's text, or what the metadata say; the same file without its hash loads as before."""
+    encoder, head = trained(width=1 / 64), ProjectionHead(8, out_features=4)
+    save_head(tmp_path / "head.safetensors", head)
+    path = export_encoder(tmp_path, encoder, **IMAGE, training={"recipe": "demo"}, dtype=torch.bfloat16)
+    for file, read in ((path, load_encoder), (tmp_path / "head.safetensors", load_head)):
+        read(file)
+        data = file.read_bytes()
+        start = 8 + struct.unpack("<Q", data[:8])[0]
+        for at in range(start, len(data), max(1, (len(data) - start) // 40)):
+            file.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+            with pytest.raises(ValueError, match=rf"{file.name}.* (is damaged: the sha256|is not finite)"):
+                read(file)
+        file.write_bytes(data)
+    data = path.read_bytes()
+    path.write_bytes(facts_of(data, mean=[0.4, 0.5, 0.7]))
+    with pytest.raises(ValueError, match="encoder.safetensors is damaged: the sha256 of its tensors and metadata is"):
+        load_encoder(path)
+    facts = read_metadata(path) | {"mean": IMAGE["mean"]}
+    del facts["sha256"]
+    path.write_bytes(with_metadata(data, json.dumps(facts)))
+    for (key, a), b in zip(load_encoder(path).state_dict().items(), encoder.state_dict().values(), strict=True):
+        assert torch.equal(a, b.bfloat16().to(b.dtype)), key
+
+
+def test_weights_in_a_checkpoint_are_held_to_its_hash(tmp_path):
+    """Encoder and head; the optimizer's state may be gone."""
+    model, optimizer = build()
+    path = save(tmp_path, 1, model=model, optimizer=optimizer, extra={})
+    (path / "optimizer.safetensors").unlink()
+    load_encoder(path)
+    load_head(path)
+    file = path / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    for read in (load_encoder, load_head):
+        with pytest.raises(DamagedError, match="step-0000001/model.safetensors is damaged: its sha256 is"):
+            read(path)
 
 
 def test_an_encoder_with_nan_is_not_exported(tmp_path):

@@ -29,7 +29,7 @@ from typer.testing import CliRunner
 
 import tools.make_shards
 import train
-from model.checkpoint import NotFiniteError, latest, load_encoder
+from model.checkpoint import OWN_HASH, NotFiniteError, latest, load_encoder, save
 from model.encoder import build_encoder
 from model.nt_xent import nt_xent
 from model.simclr import ProjectionHead, SimCLR
@@ -77,6 +77,10 @@ def run(*arguments: str) -> Any:
 
 def rows(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # ---- configuration -------------------------------------------------------------------------------------------------
@@ -596,6 +600,7 @@ def test_a_checkpoint_of_another_order_is_refused(shards: Path, tmp_path: Path) 
     file = out / "checkpoints" / "step-0000002" / "state.json"
     state = json.loads(file.read_text())
     state["extra"]["loaders"] = [state["extra"].pop("loader")]
+    del state[OWN_HASH]  # of a later version
     file.write_text(json.dumps(state))
     done = run("--data", str(shards), "--out", str(out), "--steps", "2", "--resume")
     assert (done.exit_code, "finish the run with that version" in done.output) == (2, True), done.output
@@ -658,6 +663,103 @@ def test_the_process_that_fails_writes_why(shards: Path, tmp_path: Path) -> None
     assert status == {"state": "failed", "step": 2, "rank": 1, "message": "LoaderError: rank 1 could not read"}
 
 
+@pytest.fixture(scope="module")
+def killed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six steps, with checkpoints at 2, 4 and 6, that seems to have been killed after the last one."""
+    out = tmp_path_factory.mktemp("killed") / "run"
+    done = run(*SIX, "--data", str(shards), "--out", str(out))
+    assert done.exit_code == 0, done.output
+    status = json.loads((out / "status.json").read_text())
+    (out / "status.json").write_text(json.dumps(status | {"state": "running"}))
+    return out
+
+
+SIX = ("--steps", "6", "--checkpoint-every", "2", "--keep", "9", "--log-every", "2")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("state.json", lambda data: data.replace(b'"base_lr": 8.0', b'"base_lr": 9.0')),
+        ("state.json", lambda data: data.replace(b'"step": 6', b'"step": 9')),
+        ("state.json", lambda _: b""),
+        ("model.safetensors", lambda data: data[:-1]),
+        ("probe.safetensors", lambda data: data[:-1] + bytes([data[-1] ^ 1])),
+        ("optimizer.safetensors", None),
+    ],
+)
+def test_a_damaged_newest_checkpoint_is_passed_over(
+    name: str, change: Any, killed: Path, shards: Path, tmp_path: Path
+) -> None:
+    """One line names the file; the run goes on from the one before and ends as if nothing had been."""
+    out = tmp_path / "run"
+    shutil.copytree(killed, out)
+    file = out / "checkpoints/step-0000006" / name
+    if change:
+        data = file.read_bytes()
+        file.write_bytes(change(data))
+        assert file.read_bytes() != data
+    else:
+        file.unlink()
+    done = run(*SIX, "--data", str(shards), "--out", str(out), "--resume")
+    assert done.exit_code == 0, done.output
+    (line,) = [line for line in done.output.splitlines() if "passed over" in line]
+    assert str(file) in line
+    assert line.endswith(f"passed over, going on from {out}/checkpoints/step-0000004")
+    assert f"note       a damaged checkpoint is now {out}/checkpoints/damaged-step-0000006" in done.output
+    assert ends(out) == ends(killed)
+
+
+def test_without_a_whole_checkpoint_a_run_is_not_begun_anew(killed: Path, shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(killed, out)
+    for step in (2, 4, 6):
+        (out / f"checkpoints/step-000000{step}/state.json").write_bytes(b"{}")
+    before = contents(out)
+    done = run(*SIX, "--data", str(shards), "--out", str(out), "--resume")
+    assert done.exit_code == 2
+    assert "no checkpoint in" in done.output
+    assert all(f"step-000000{step}/state.json is damaged" in done.output for step in (2, 4, 6))
+    assert {path for path, data in contents(out).items() if before.get(path) != data} == {out / "status.json"}
+
+
+@pytest.mark.parametrize("content", [b"", b'{"st', b"\xff\x00\n"])
+def test_damaged_records_stop_no_resume(content: bytes, killed: Path, shards: Path, tmp_path: Path) -> None:
+    """status.json, metrics.jsonl and speed.jsonl, each named in one line; the weights are those of a whole run."""
+    out = tmp_path / "run"
+    shutil.copytree(killed, out)
+    shutil.rmtree(out / "checkpoints/step-0000006")
+    names = ("status.json", "metrics.jsonl", "speed.jsonl")
+    for name in names:
+        (out / name).write_bytes(content)
+    done = run(*SIX, "--data", str(shards), "--out", str(out), "--resume")
+    assert done.exit_code == 0, done.output
+    for name in names:
+        assert done.output.count(f"note       {out / name} was damaged: ") == 1, done.output
+    assert "rows of 4 of the 4 steps up to the checkpoint are lost" in done.output
+    assert [row["step"] for row in rows(out)] == [5, 6]
+    assert json.loads((out / "status.json").read_text())["state"] == "done"
+    assert ends(out)[1] == ends(killed)[1]
+
+
+def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(
+    killed: Path, shards: Path, tmp_path: Path
+) -> None:
+    """Files may have 40 kB, so the first checkpoint has no room: status.json says it failed, and where."""
+    out = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "train.py"), *TINY, *SIX, "--data", str(shards), "--out", str(out)]
+    limited = ["bash", "-c", 'trap "" XFSZ; ulimit -f 40; exec "$@"', "-", *command]
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1, done.stderr
+    status = json.loads((out / "status.json").read_text())
+    assert status["state"] == "failed"
+    for said in (done.stderr.splitlines()[-1], status["message"]):
+        assert f"{out}/checkpoints/.tmp-step-0000002/model.safetensors" in said
+        assert "File too large" in said
+    assert run(*SIX, "--data", str(shards), "--out", str(out), "--resume").exit_code == 0
+    assert ends(out) == ends(killed)
+
+
 def _blind_rank(rank: int, world_size: int, port: int, folder: str) -> None:
     """Rank 1 has an older checkpoint than rank 0 in its own folder, then the same one."""
     from accelerate import Accelerator
@@ -676,10 +778,12 @@ def _blind_rank(rank: int, world_size: int, port: int, folder: str) -> None:
 @pytest.mark.slow
 def test_processes_go_on_from_one_checkpoint_or_not_at_all(tmp_path: Path) -> None:
     """Folders of two nodes that are not shared, or that one still sees as they were."""
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for rank, steps in ((0, {"own": (1, 2), "shared": (1, 2)}), (1, {"own": (1,), "shared": (1, 2, 3)})):
         for name, numbers in steps.items():
             for step in numbers:
-                (tmp_path / str(rank) / name / f"step-{step:07d}").mkdir(parents=True)
+                save(tmp_path / str(rank) / name, step, model=model, optimizer=optimizer, extra={})
     torch.multiprocessing.spawn(_blind_rank, (2, free_port(), str(tmp_path)), nprocs=2)
 
 
@@ -779,22 +883,19 @@ def test_a_run_is_never_overwritten_nor_resumed_with_other_settings(shards: Path
     same = ("--data", str(shards), "--out", str(out), "--steps", "2")
     assert run(*same).exit_code == 0
 
-    def files() -> dict[Path, bytes]:
-        return {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-
-    before = files()
+    before = contents(out)
     again = run(*same)
     assert (again.exit_code, "is not empty; go on with --resume" in again.output) == (2, True)
-    assert before == files()
+    assert before == contents(out)
     other = run(*same, "--resume", "--batch-size", "8", "--view", "flip_p=0.1")
     assert other.exit_code == 2
     assert "batch_size: 16 in the checkpoint, 8 now" in other.output
     assert "views.flip_p: 0.5 in the checkpoint, 0.1 now" in other.output
-    assert before == files()  # what is done stays done
+    assert before == contents(out)  # what is done stays done
     stopped = json.loads(before[out / "status.json"]) | {"state": "preempted"}
     (out / "status.json").write_text(json.dumps(stopped))
     assert run(*same, "--resume", "--batch-size", "8").exit_code == 2
-    after = files()
+    after = contents(out)
     assert {path for path in after if after[path] != before.get(path)} == {out / "status.json"}
     status = json.loads(after[out / "status.json"])
     assert (status["state"], status["step"], status["rank"]) == ("failed", 2, 0)
@@ -809,11 +910,11 @@ def test_a_second_training_on_one_folder_is_refused_and_changes_nothing(shards: 
     first = start(shards, out)
     wait_for_step(first, out, 3)
     first.send_signal(signal.SIGSTOP)  # so that nothing changes but by the others
-    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    before = contents(out)
     refused = run("--data", str(shards), "--out", str(out), "--steps", "30", "--resume")
     again = run("--data", str(shards), "--out", str(out), "--steps", "30")
     torch.multiprocessing.spawn(_refused_rank, (2, free_port(), str(shards), str(out)), nprocs=2)
-    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert contents(out) == before
     first.send_signal(signal.SIGCONT)
     assert first.wait(timeout=120) == 0, first.communicate()[0]
     assert (refused.exit_code, f"{out} is in use by another process (process {first.pid} on " in refused.output) == (

@@ -4,7 +4,6 @@ page.py alone is none: it makes what `evaluate.py page` writes, with the grid th
 """
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ def training_of(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
     An exported encoder tells in its metadata, a checkpoint in its state.json; both are empty for a stranger's file.
     """
-    from model.checkpoint import read_metadata
+    from model.checkpoint import read_metadata, read_state
     from train import FREE
 
     state = file.with_name("state.json")
@@ -45,11 +44,12 @@ def training_of(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             views = {"size": told["image_size"], "mean": told["mean"], "std": told["std"]}
             return views | {"eval_crop": told["crop_pct"], "interpolation": interpolation}, dict(told["training"])
         if file.name == "model.safetensors" and state.is_file():
-            saved = json.loads(state.read_bytes())
+            saved = read_state(file.parent, {file.name})
             extra = saved["extra"]
             config = {name: value for name, value in extra["config"].items() if name not in FREE}  # paths stay here
             views = {name: config["views"][name] for name in ("size", "mean", "std", "eval_crop", "interpolation")}
-            dataset = extra["loaders"][0]["identity"]["dataset"]
+            loader = extra["loader"] if "loader" in extra else extra["loaders"][0]  # earlier, one for each process
+            dataset = loader["identity"]["dataset"]
             return views, {"recipe": extra["recipe"], "steps": saved["step"], "dataset": dataset, "config": config}
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{file}: what it says about its training is incomplete: {error!r}") from error
