@@ -442,8 +442,11 @@ def train(
     from accelerate.utils import broadcast_object_list
 
     stop = Stop()
-    if out is not None and out.exists() and (not out.is_dir() or not is_empty(out)) and not resume:
-        raise RunError(f"{out} is not empty; go on with --resume, or give a new folder with --out")
+    if out is not None and out.exists():
+        if not out.is_dir():
+            raise RunError(f"{out} is a file; give a folder with --out")
+        if not resume and not is_empty(out):
+            raise RunError(f"{out} is not empty; go on with --resume, or give a new folder with --out")
     if resume and out is None:
         raise RunError("--resume needs --out, the run folder to go on in")
     accelerator = build_accelerator(config)
@@ -979,7 +982,7 @@ def _read_config_file(ctx: typer.Context, path: Path | None) -> Path | None:
         return None
     try:
         values = tomllib.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise typer.BadParameter(f"{path} cannot be read: {error}") from error
     ctx.obj = {name: values.pop(name, {}) for name in VIEW_TABLES}
     for name, table in ctx.obj.items():
@@ -988,11 +991,20 @@ def _read_config_file(ctx: typer.Context, path: Path | None) -> Path | None:
                 f"{path}: {name}: expected a table, got {table!r}; write [{name}]"
                 + (f' preset = "{table}"' if name == "views" else " and its options, a line each")
             )
+    preset = ctx.obj["views"].get("preset", "imagenet")
+    if not isinstance(preset, str) or preset not in VIEWS:
+        raise typer.BadParameter(f"{path}: [views] preset: expected one of {', '.join(VIEWS)}, got {preset!r}")
     known = {f.name for f in fields(TrainConfig)} - set(VIEW_TABLES)
     if unknown := sorted(values.keys() - known):
         raise typer.BadParameter(
             f"{path}: unknown key {', '.join(unknown)}; known: {', '.join(sorted(known))}, [views], [second_views]"
         )
+    kinds = get_type_hints(TrainConfig)
+    for name, value in values.items():
+        if isinstance(value, bool) and kinds[name] is not bool:  # Python would take it for 0 or 1
+            raise typer.BadParameter(f"{path}: {name}: expected a number or text, got {str(value).lower()}")
+        if isinstance(value, str) and "\0" in value:
+            raise typer.BadParameter(f"{path}: {name}: expected text without a null character, got {value!r}")
     ctx.default_map = values
     return path
 

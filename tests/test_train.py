@@ -1,6 +1,7 @@
 """Training: what a run is made of, that ranks and interruptions do not change it, and how bad input ends."""
 
 import contextlib
+import errno
 import functools
 import io
 import json
@@ -154,6 +155,20 @@ def test_a_wrong_option_ends_in_one_message(arguments: list[str], named: str, re
         ("epochs = 'many'", "--epochs"),
         ("epochs = ", "cannot be read"),
         ("views = 'cifar'", "views: expected a table, got 'cifar'; write [views] preset = \"cifar\""),
+        ("[views]\npreset = true", "[views] preset: expected one of imagenet, cifar, stl10, got True"),
+        ("[views]\npreset = ['cifar']", "[views] preset: expected one of imagenet, cifar, stl10, got ['cifar']"),
+        ("[views]\npreset = 'mnist'", "[views] preset: expected one of imagenet, cifar, stl10, got 'mnist'"),
+        ("epochs = " + "[" * 5000, "cannot be read"),
+        ("[views]\nsize = true", "size: expected int like 32, got True"),
+        ("[views]\nsize = {a = 1}", "size: expected int like 32, got {'a': 1}"),
+        ("[views]\nmean = ['a', 'b', 'c']", "mean"),
+        ("[views]\ncrop_area = 0.5", "crop_area"),
+        ("[views]\ncrop_area = []", "crop_area"),
+        ("epochs = true", "epochs: expected a number or text, got true"),
+        ("epochs = [1]", "epochs"),
+        ("epochs = {a = 1}", "epochs"),
+        ("base_lr = 1979-05-27", "base"),
+        ('data = "a\\u0000b"', "data: expected text without a null character"),
         ("second_views = 3", "second_views: expected a table, got 3; write [second_views]"),
     ],
 )
@@ -849,6 +864,33 @@ def test_tools_keep_the_traceback_of_what_is_not_theirs() -> None:
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_folder_that_cannot_be_written_is_the_callers_to_mend(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file, a folder below a file, a read-only disk: exit code 2 and one line that names the path."""
+    file = tmp_path / "file"
+    file.touch()
+    for words in ((), ("--resume",)):
+        done = run("--data", str(shards), "--out", str(file), *words)
+        assert (done.exit_code, f"{file} is a file; give a folder" in done.output) == (2, True), done.output
+    done = run("--data", str(shards), "--out", str(file / "run"))
+    assert (done.exit_code, f"{file}/run cannot be written in" in done.output) == (2, True), done.output
+
+    def read_only(path: Path, *_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    done = run("--data", str(shards), "--out", str(tmp_path / "run"))
+    assert (done.exit_code, f"{tmp_path}/run: Read-only file system" in done.output) == (2, True), done.output
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.EROFS, 2), (errno.EACCES, 2), (errno.ENOSPC, 1), (errno.EIO, 1)])
+def test_a_wrong_path_is_told_from_a_disk_that_fails(number: int, code: int) -> None:
+    with pytest.raises(typer.Exit) as ended, one_message("tool"):
+        raise OSError(number, os.strerror(number), "somewhere")
+    assert ended.value.exit_code == code
 
 
 def test_a_batch_larger_than_the_data_is_refused(shards: Path, tmp_path: Path) -> None:

@@ -4,11 +4,15 @@ page.py alone is none: it makes what `evaluate.py page` writes, with the grid th
 """
 
 import contextlib
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import typer
+
+# A path that cannot be used as it was given. What passes or needs room, such as a full disk, is none of the caller's.
+WRONG_PATH = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 
 
 @contextlib.contextmanager
@@ -26,7 +30,7 @@ def one_message(program: str) -> Iterator[None]:
         if isinstance(error, RuntimeError) and type(error).__module__.partition(".")[0] in ("builtins", "torch"):
             raise
         typer.echo(f"{program}: {error}", err=True)
-        raise typer.Exit(1) from error
+        raise typer.Exit(2 if isinstance(error, OSError) and error.errno in WRONG_PATH else 1) from error
 
 
 def training_of(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
