@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args,
 
 import typer
 
-from model.run_folder import FolderError, Log, Preempted, claim, is_empty, naming
+from model.run_folder import FolderError, Log, Preempted, claim, is_empty, replacing
 from pipeline.views import VIEWS, ViewConfig, make_views, parse_changes
 from tools import one_message
 
@@ -874,8 +874,8 @@ def save_grid(views: "Tensor", config: ViewConfig, path: Path) -> None:
 
     n = len(views) // 2
     pairs = torch.stack([views[: min(n, 8)], views[n : n + min(n, 8)]], 1).flatten(0, 1)
-    with naming(path):
-        save_image(make_grid(config.pixels(pairs.cpu()), nrow=4), path)
+    with replacing(path) as partial:
+        save_image(make_grid(config.pixels(pairs.cpu()), nrow=4), partial, format="png")
 
 
 # ---- its clock, its end, and how it says what it does --------------------------------------------------------------

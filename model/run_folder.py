@@ -47,12 +47,9 @@ def claim(folder: Path, program: str = "process") -> Iterator[Claim]:
     message calls `program`, is the writer, or if the folder cannot be written in.
     """
     created, file = not folder.exists(), folder / LOCK
+    holder = f"process {os.getpid()} on {os.uname().nodename}, since {datetime.now(UTC).isoformat()}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = _lock(file)
-        holder = f"process {os.getpid()} on {os.uname().nodename}, since {datetime.now(UTC).isoformat()}"
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, holder.encode(), 0)
+        descriptor = _locked(file, holder)
     except BlockingIOError as error:
         raise FolderError(
             f"{folder} is in use by another {program} ({holder_of(folder)}): wait until it has ended, or stop it, or "
@@ -87,20 +84,25 @@ def is_empty(folder: Path) -> bool:
     return all(path.name == LOCK for path in folder.iterdir())
 
 
-def _lock(file: Path) -> int:
-    """A descriptor of `file`, created if need be, with its lock. Raises BlockingIOError if another process has it."""
+def _locked(file: Path, holder: str) -> int:
+    """A descriptor of `file`, created if need be, that has its lock. Raises BlockingIOError if another process does."""
     while True:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:  # the holder has just removed the folder that it had created
+            continue
         try:
             _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, file)
-            if os.path.samestat(os.fstat(descriptor), os.stat(file, follow_symlinks=False)):
-                return descriptor
-        except FileNotFoundError:
-            pass
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(file, follow_symlinks=False)):
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, holder.encode(), 0)
+                    return descriptor
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # its holder removed the file meanwhile: this lock would keep nobody out
+        os.close(descriptor)  # the holder has just removed this file: its lock would keep nobody out
 
 
 def _flock(descriptor: int, how: int, file: Path) -> None:

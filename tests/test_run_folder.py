@@ -107,14 +107,14 @@ def test_a_child_that_inherits_the_lock_keeps_the_folder_claimed(tmp_path: Path)
 
 
 def test_many_processes_hold_the_claim_one_at_a_time(tmp_path: Path) -> None:
-    """They take it, leave it and remove the lock file as fast as they can; what they count never goes back."""
+    """They take it, leave it and remove lock and folder as fast as they can; what they count never goes back."""
     code = (
         HOLD.split("\n")[0]
         + "; from model.run_folder import FolderError\nfile = Path(sys.argv[1]) / 'count'; done = 0\n"
     )
-    code += "while done < 200:\n try:\n  with claim(file.parent):\n"
+    code += "while done < 200:\n try:\n  with claim(file.parent / 'run'):\n"
     code += "   n = int(file.read_text()); file.write_text(str(n + 1))\n"
-    code += "   done += 1\n except FolderError: pass\n"
+    code += "   done += 1\n except FolderError as error: assert 'in use' in str(error), error\n"
     (tmp_path / "count").write_text("0")
     command = [sys.executable, "-c", code, str(tmp_path)]
     processes = [subprocess.Popen(command, cwd=ROOT) for _ in range(3)]

@@ -35,10 +35,10 @@ from model.encoder import build_encoder
 from model.nt_xent import nt_xent
 from model.simclr import ProjectionHead, SimCLR
 from pipeline.loader import Batch, Loader, LoaderError
-from pipeline.shards import Sample
+from pipeline.shards import Sample, read_dataset
 from pipeline.write import write_shards
 from tests.oracles.monitor import contrast
-from tools import one_message
+from tools import one_message, training_of
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM, BATCH = 70, 16  # four steps an epoch, six samples over
@@ -736,6 +736,18 @@ def test_without_a_whole_checkpoint_a_run_is_not_begun_anew(killed: Path, shards
     assert "no checkpoint in" in done.output
     assert all(f"step-000000{step}/state.json is damaged" in done.output for step in (2, 4, 6))
     assert {path for path, data in contents(out).items() if before.get(path) != data} == {out / "status.json"}
+
+
+def test_a_checkpoint_says_how_it_was_trained(killed: Path, shards: Path, tmp_path: Path) -> None:
+    """To evaluate.py and export.py, whatever name it is copied to; not where its state.json has been changed."""
+    shutil.copytree(killed / "checkpoints/step-0000004", tmp_path / "best")
+    views, training = training_of(tmp_path / "best/model.safetensors")
+    assert (views["size"], training["steps"], training["recipe"]) == (16, 4, "demo")
+    assert training["dataset"] == read_dataset(shards).fingerprint
+    file = tmp_path / "best/state.json"
+    file.write_text(file.read_text().replace('"size": 16', '"size": 61'))
+    with pytest.raises(ValueError, match="best/state.json is damaged"):
+        training_of(tmp_path / "best/model.safetensors")
 
 
 @pytest.mark.parametrize("content", [b"", b'{"st', b"\xff\x00\n"])

@@ -36,6 +36,7 @@ def show(
     with one_message("show_views"):
         from torchvision.utils import save_image
 
+        from model.run_folder import naming
         from pipeline.shards import read_dataset
         from pipeline.views import make_views, parse_changes
 
@@ -45,7 +46,8 @@ def show(
         images = min(images, dataset.samples)
         drawn = grid(dataset, config, second, images=images, pairs=pairs, seed=seed)
         picture.parent.mkdir(parents=True, exist_ok=True)
-        save_image(drawn, picture)
+        with naming(picture):
+            save_image(drawn, picture)
         typer.echo(f"{picture}: {images} images, each with {pairs} pairs of views at {config.size} px")
 
 
