@@ -8,8 +8,9 @@
 A recipe is one complete `TrainConfig`; options change it, a TOML file given with --config stands between the two.
 The run folder holds config.json, metrics.jsonl (one row a step, the same for equal runs), speed.jsonl (wall clock),
 status.json, views.png, checkpoints/ and encoder/ with encoder.safetensors, and damaged.jsonl where samples were
-replaced. A run that is killed at any moment goes on from its newest checkpoint with --resume, on any number of
-processes with the same images and views; bit for bit on the CPU with equal numbers of processes and threads.
+replaced. One run at a time may write it: .lock says which. A run that is killed at any moment goes on from its newest
+whole checkpoint with --resume, on any number of processes with the same images and views; bit for bit on the CPU with
+equal numbers of processes and threads.
 """
 
 import ctypes
@@ -434,8 +435,8 @@ def train(
 ) -> Path:
     """Run `config` to its end in folder `out`, the next free runs/RECIPE if None; returns the exported encoder's path.
 
-    resume goes on from the newest checkpoint in `out`, or starts where there is none. origin says where a value came
-    from, for the banner. Raises ValueError (RunError, DatasetError) for what the caller can mend, before the first
+    resume goes on from the newest whole checkpoint in `out`, or starts where there is none. origin says where a value
+    came from, for the banner. Raises ValueError (RunError, DatasetError) for what the caller can mend, before the first
     step; LoaderError, FloatingPointError or OSError for what goes wrong on the way, Preempted after a signal. Another
     ValueError on the way is no fault of the caller's and comes as a RuntimeError.
     """

@@ -787,6 +787,21 @@ def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(
     assert ends(out) == ends(killed)
 
 
+def test_a_run_on_a_full_disk_does_not_seem_to_go_on(shards: Path, tmp_path: Path) -> None:
+    """A file system of 60 KiB is full to the last byte after some steps: status.json says so, and the message where."""
+    script = 'mount -t tmpfs -o size=60k none "$0" && { "$@"; echo "exit $?"; cat "$0/run/status.json"; }'
+    command = [sys.executable, str(ROOT / "train.py"), *TINY, "--data", str(shards), "--out", str(tmp_path / "run")]
+    command = ["unshare", "-m", "sh", "-c", script, str(tmp_path), *command, "--steps", "1000", "--log-every", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    if "mount:" in done.stderr or "unshare:" in done.stderr:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+    *_, code, status = done.stdout.splitlines()
+    assert (code, json.loads(status)["state"]) == ("exit 1", "failed"), done.stderr
+    for said in (done.stderr.splitlines()[-1], json.loads(status)["message"]):
+        assert "No space left on device" in said
+        assert f"{tmp_path}/run/" in said
+
+
 def _blind_rank(rank: int, world_size: int, port: int, folder: str) -> None:
     """Rank 1 has an older checkpoint than rank 0 in its own folder, then the same one."""
     from accelerate import Accelerator
