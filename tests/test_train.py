@@ -738,6 +738,21 @@ def test_without_a_whole_checkpoint_a_run_is_not_begun_anew(killed: Path, shards
     assert {path for path, data in contents(out).items() if before.get(path) != data} == {out / "status.json"}
 
 
+def test_a_checkpoint_of_an_earlier_version_is_gone_on_from(killed: Path, shards: Path, tmp_path: Path) -> None:
+    """Its state.json had no hash of its own: a note says so, and the next checkpoint has one."""
+    out = tmp_path / "run"
+    shutil.copytree(killed, out)
+    shutil.rmtree(out / "checkpoints/step-0000006")
+    file = out / "checkpoints/step-0000004/state.json"
+    state = json.loads(file.read_text())
+    del state[OWN_HASH]
+    file.write_text(json.dumps(state, indent=1))
+    done = run(*SIX, "--data", str(shards), "--out", str(out), "--resume")
+    assert done.exit_code == 0, done.output
+    assert f"note       {file} is an earlier version's: no hash tells whether it is as written" in done.output
+    assert ends(out) == ends(killed)
+
+
 def test_a_checkpoint_says_how_it_was_trained(killed: Path, shards: Path, tmp_path: Path) -> None:
     """To evaluate.py and export.py, whatever name it is copied to; not where its state.json has been changed."""
     shutil.copytree(killed / "checkpoints/step-0000004", tmp_path / "best")
