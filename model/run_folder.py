@@ -235,7 +235,7 @@ class Log:
 
     def __init__(self, out: Path, rank: int, holder: str) -> None:
         self.out, self.rank, self.main, self.holder = out, rank, rank == 0, holder
-        self.told: dict[str, Any] = {}  # damaged samples that have been named, by their keys
+        self.told: dict[tuple[str, str], Any] = {}  # damaged samples that have been named, by shard and key
         self.started, self.step = False, 0  # steps done
         self.notes: list[str] = []
         if self.main and (state := self._state()) not in (None, "done"):
@@ -259,7 +259,8 @@ class Log:
                 self._note(name, f"rows of {what} up to the checkpoint are lost")
             self._write_rows(name, rows)
         if (self.out / "damaged.jsonl").exists():
-            self.told = {row["key"]: row for row in self._rows("damaged.jsonl") if isinstance(row.get("key"), str)}
+            rows = [row for row in self._rows("damaged.jsonl") if {"shard", "key"} <= row.keys()]
+            self.told = {(row["shard"], row["key"]): row for row in rows}
             self._write_rows("damaged.jsonl", list(self.told.values()))
         write_text(self.out / "config.json", json.dumps(config, indent=1))
         if self._state() != "failed":  # on another rank, meanwhile
@@ -273,8 +274,8 @@ class Log:
 
     def damaged(self, samples: Sequence[tuple[str, str, str]]) -> None:
         """damaged.jsonl: the samples that were replaced, as (shard, key, problem), each once; for quarantine --from."""
-        rows = [{"shard": shard, "key": key, "problem": problem} for shard, key, problem in samples]
-        new = {row["key"]: row for row in rows if row["key"] not in self.told}
+        rows = {each[:2]: dict(zip(("shard", "key", "problem"), each, strict=True)) for each in samples}
+        new = {place: row for place, row in rows.items() if place not in self.told}
         if new:
             self._append("damaged.jsonl", list(new.values()))
             self.told |= new

@@ -24,6 +24,7 @@ Chen et al. 2020, arXiv:2002.05709, appendix A and figure 4; google-research/sim
 
 import itertools
 import math
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -177,7 +178,7 @@ def make_views(base: str | ViewConfig, changes: Mapping[str, Any] | None = None)
         numbers = value if isinstance(value, (list, tuple)) else [value]
         if kind in (tuple, float) and all(type(number) in (int, float) for number in numbers):
             value = tuple(map(float, numbers)) if isinstance(value, (list, tuple)) else float(value)
-        if type(value) is not kind:
+        if type(value) is not kind and kind is not str:  # of a choice, ViewConfig names what there is
             raise ValueError(
                 f"view option {name}: expected {kind.__name__} like {getattr(base, name)!r}, got {value!r}"
             )
@@ -196,13 +197,20 @@ def check_pair(first: ViewConfig, second: ViewConfig) -> None:
 
 
 def parse_changes(texts: Iterable[str]) -> dict[str, Any]:
-    """["size=96", "crop_area=[0.2, 1.0]"] as {"size": 96, "crop_area": [0.2, 1.0]}. Raises ValueError."""
+    """["size=96", "crop_area=[0.2, 1.0]"] as {"size": 96, "crop_area": [0.2, 1.0]}. Raises ValueError.
+
+    Values are TOML, and a bare word is a string: a shell takes the quotes of profile="reference" away.
+    """
     changes: dict[str, Any] = {}
     for text in texts:
+        if word := re.fullmatch(r"\s*(\w+)\s*=\s*([A-Za-z][\w-]*)\s*", text):
+            text = text if word[2] in ("true", "false", "nan", "inf") else f'{word[1]} = "{word[2]}"'
         try:
             changes |= tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"view option {text!r}: expected NAME=VALUE, such as size=96 or flip_p=0.0") from error
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
+            raise ValueError(
+                f"view option {text[:80]!r}: expected NAME=VALUE, such as size=96 or flip_p=0.0"
+            ) from error
     return changes
 
 

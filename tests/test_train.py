@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import socket
@@ -124,6 +125,16 @@ def test_the_second_view_is_the_first_with_its_own_changes(resolved: dict[str, A
     assert resolved["config"].second_views is None
 
 
+def test_a_view_option_is_taken_as_a_shell_passes_it(resolved: dict[str, Any]) -> None:
+    """The shell takes the quotes of --view profile="reference" away: a bare word is a string."""
+    for text in ('profile="reference"', "profile='reference'", "profile=reference", "profile = reference"):
+        words = shlex.split(f"cifar10 --view {shlex.quote(text)}")
+        assert CliRunner().invoke(train.app, words).exit_code == 0
+        assert resolved["config"].views.profile == "reference"
+    words = shlex.split('cifar10 --view profile="reference"')
+    assert CliRunner().invoke(train.app, words).exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -132,6 +143,11 @@ def test_the_second_view_is_the_first_with_its_own_changes(resolved: dict[str, A
         (["cifar10", "--view", "size"], "expected NAME=VALUE"),
         (["cifar10", "--second-view", "colour=1"], "unknown view option 'colour'"),
         (["cifar10", "--view", "flip_p=2.0"], "flip_p: expected a probability"),
+        (["cifar10", "--view", "flip_p=half"], "flip_p: expected float like 0.5, got 'half'"),
+        (["cifar10", "--view", "profile=slow"], "profile: expected fast or reference, got 'slow'"),
+        (["cifar10", "--view", "profile=3"], "profile: expected fast or reference, got 3"),
+        (["cifar10", "--view", "interpolation=true"], "interpolation: expected linear or cubic, got True"),
+        (["cifar10", "--view", "size=" + "[" * 5000], "expected NAME=VALUE"),
         (["cifar10", "--views", "mnist"], "unknown views 'mnist'"),
         (["cifar10", "--batch-size", "0"], "batch_size: expected at least 1, got 0"),
         (["cifar10", "--head", "deep"], "deep"),
