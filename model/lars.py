@@ -77,7 +77,7 @@ class LARS(torch.optim.Optimizer):
     params             parameters or groups; param_groups() makes the authors'. A group with `adapt` False has trust 1.
     lr                 ≥ 0, usually set in each group before each step; a number, or a 0-d tensor on the parameters'
                        device (then a captured CUDA graph follows it).
-    momentum           0.9 in the paper.
+    momentum           0.9 in the paper; with 0 the momentum buffers stay zero.
     weight_decay       1e-6 in the paper, 1e-4 in the authors' code and SimCLRv2.
     trust_coefficient  η, 0.001 in the paper.
 
@@ -143,7 +143,7 @@ class LARS(torch.optim.Optimizer):
         torch._fused_sgd_(
             rows.weights,
             rows.grads,
-            rows.momenta,
+            rows.momenta if group["momentum"] else [],  # which the fused call refuses where it would not use them
             weight_decay=0.0,
             momentum=group["momentum"],
             lr=1.0,

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.measure import count_kernels
 from model.lars import LARS, param_groups
 from tests.oracles.lars import lars_update
+from train import build_optimizer
 
 SHAPES = {
     "conv": (8, 4, 3, 3),
@@ -90,6 +91,34 @@ def test_the_learning_rate_sits_inside_the_momentum():
     optimizer.param_groups[0]["lr"] = 0.0
     optimizer.step()
     torch.testing.assert_close(before - w.detach(), torch.full((2, 2), 0.9e-3), rtol=1e-4, atol=0)  # η·m; cancellation
+
+
+@pytest.mark.parametrize("name", ["lars", "sgd"])
+@pytest.mark.parametrize("weight_decay", [0.0, 2**-7])
+def test_without_momentum_a_step_is_the_plain_formula_bitwise(name, weight_decay):
+    """w - rate · (g + weight_decay · w), also after a step that is skipped.
+
+    Rate and decay are powers of two, so that their products are exact and it does not matter which of them are fused.
+    """
+    params = make_params()
+    optimizer = build_optimizer(name, groups_of(params, weight_decay), lr=0.25, momentum=0.0)
+    generator = torch.Generator().manual_seed(1)
+    for skipped in (True, False, False):
+        draw_grads(params, generator)
+        expected = {key: p.detach().clone() for key, p in params.items()}
+        for w, p in zip(expected.values(), params.values(), strict=True):
+            decay = weight_decay if p.ndim > 1 else 0.0
+            p.grad = torch.empty_like(p).copy_(p.grad)  # the layout that autograd gives it, which SGD relies on
+            g = torch.add(p.grad, w, alpha=decay)
+            rate = torch.tensor(0.25)
+            if name == "lars" and p.ndim > 1 and w.any() and g.any():
+                rate *= 1e-3 * w.norm() / g.norm()
+            if not skipped:
+                w -= rate * g
+        optimizer.found_inf = torch.tensor(float(skipped))
+        optimizer.step()
+        for key, p in params.items():
+            assert torch.equal(p, expected[key]), key
 
 
 class CountCalls(TorchDispatchMode):
