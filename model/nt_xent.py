@@ -249,7 +249,8 @@ class _GatherRows(torch.autograd.Function):
 def _gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """All ranks' x, one below the other."""
     out = x.new_empty((dist.get_world_size(group) * len(x), *x.shape[1:]))
-    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.14 renamed it
+    gather(out, x.contiguous(), group=group)
     return out
 
 

@@ -156,7 +156,7 @@ def without(name: str) -> Callable[[dict[str, str]], dict[str, str]]:
 @pytest.mark.parametrize(
     ("change", "check", "named"),
     [
-        (lambda v: v | {"torch": "2.13.1"}, "packages", "torch 2.13.1, expected >=2.14"),
+        (lambda v: v | {"torch": "2.10.1"}, "packages", "torch 2.10.1, expected >=2.11"),
         (without("webdataset"), "packages", "webdataset is missing, expected >=1.0"),
         (without("torchvision"), "packages", "torchvision is missing"),
         (lambda v: {n: e for n, e in v.items() if "dali" not in n}, "packages", "nvidia-dali-cuda130 is missing"),

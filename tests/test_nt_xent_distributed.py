@@ -3,6 +3,7 @@
 One spawn of four processes serves all world sizes, each as a group of the first ranks.
 """
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,7 @@ def layer(dtype: torch.dtype) -> torch.nn.Linear:
 
 def rank_main(rank: int, folder: str) -> None:
     """Writes, per world size and variant, the mean over ranks of the loss, and dz and dW as DDP averages them."""
+    warnings.filterwarnings("error", message=".*deprecated", category=FutureWarning)
     torch.set_num_threads(1)  # four processes share few cores
     module.TILE_ON_CPU = 8
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=max(WORLD_SIZES))
