@@ -16,9 +16,11 @@ Gao et al. 2021, arXiv:2101.06983.
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -144,33 +146,49 @@ def plan(
 ) -> Plan:
     """What fits: the largest micro-batch that divides `images`, and as many kept graphs as there is room for.
 
+    A few images are measured first; sizes that cannot fit by them, and those above `most_images`, are not tried.
+
     model        not wrapped by DDP, on its device; is run with zeros and left as it was.
     images       of this process's batch.
     like         (1, 3, S, S), of the views' type and device.
     micro_batch  a divisor of `images`; 0 tries them, largest first. A CPU cannot be asked what fits: 0 is `images`.
     keep         0 fills the memory that is left; on a CPU it is 1.
     agree        turns a number of each process into the smallest; all call it equally often.
-    ValueError where `micro_batch`, or a single image, does not fit; and where FEW images would, but of the divisors
-    only one less than half of that: a prime factor of `images` would make the micro-batches tiny.
+    ValueError where `micro_batch`, or a single image, does not fit, or `micro_batch` is above `most_images`; and where
+    FEW images would fit, but of the divisors only one less than half of that: a prime factor of `images` would make the
+    micro-batches tiny.
     """
     if like.device.type != "cuda":
         micro_batch = micro_batch or images
         return Plan(micro_batch, images // micro_batch, min(keep or 1, images // micro_batch), offload=False)
 
+    bound = most_images(model, like)
+    if micro_batch > bound:
+        raise ValueError(
+            f"--micro-batch {micro_batch}: expected at most {bound} of {tuple(like.shape[1:])}, so that the largest "
+            f"activation of this encoder has fewer than 2^31 elements, which is as far as CUDA kernels count"
+        )
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info(like.device)[0]
     room = int(ROOM * free)
     views = 2 * images * like.numel() * like.element_size()
     offload = views > room // 4
     room -= 0 if offload else views
-    sizes = divisors(images)
-    below = next(size for size in sizes if size <= FEW)
-    if 2 * below < FEW < images:  # before it goes down to that, ask whether it is for want of memory
-        sizes = sorted([*sizes, FEW], reverse=True)
-    for candidate in [micro_batch] if micro_batch else sizes:
-        most = free if micro_batch else room
+    most = free if micro_batch else room
+
+    def measure(size: int) -> tuple[int, int] | None:
         # Twice: in the first run of a size the libraries hold what they try out.
-        needs = _needs(model, candidate, like, most) and _needs(model, candidate, like, most)
+        return _needs(model, size, like, most) and _needs(model, size, like, most)
+
+    sizes = [micro_batch] if micro_batch else divisors(images)
+    few = min(FEW, sizes[0])
+    needs = measure(few)
+    # What a graph holds grows with the images; a run takes more than that, so that more images cannot fit.
+    likely = agree(max(few, most * few // max(1, needs[1])) if needs else few - 1)
+    for candidate in sizes:
+        if candidate > min(likely, bound):
+            continue
+        needs = needs if candidate == few else measure(candidate)
         if agree(needs is not None):
             break
     else:
@@ -179,17 +197,44 @@ def plan(
             f"are free on {like.device}; give a smaller --micro-batch or a smaller encoder"
         )
     assert needs is not None
-    if images % candidate:
+    if not micro_batch and 2 * candidate < FEW == few <= likely:  # for want of divisors, not of memory
         above = next(size for size in reversed(sizes) if size > FEW)
         raise ValueError(
             f"{images} images per process divide into micro-batches of {above}, which do not fit {like.device}, or of "
-            f"{below}, though {FEW} would fit: choose a --batch-size that gives each process "
-            f"{round(images / FEW) * FEW}, or insist with --micro-batch {below}"
+            f"{candidate}, though {FEW} would fit: choose a --batch-size that gives each process "
+            f"{round(images / FEW) * FEW}, or insist with --micro-batch {candidate}"
         )
     peak, graph = needs
     count = images // candidate
     fitting = agree(min(count, 1 + max(0, room - peak) // graph))
     return Plan(candidate, count, min(keep, count) or fitting, offload and count > 1)
+
+
+def most_images(model: nn.Module, like: Tensor) -> int:
+    """Images in a micro-batch, at most, whose largest activation has fewer than 2^31 elements.
+
+    Above that kernels that count in 32 bits write to wrong places, which ends the CUDA context and no error message
+    says (pytorch/pytorch#117736). By the shapes that one view has behind each layer, on the meta device.
+    """
+    largest = like[0].numel()
+
+    def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        nonlocal largest
+        largest = max(largest, output.numel())
+
+    hooks = [module.register_forward_hook(note) for module in model.modules()]
+    training = model.training
+    model.eval()
+    try:
+        shapes = {name: t.to("meta") for name, t in (*model.named_parameters(), *model.named_buffers())}
+        dtype = next((param.dtype for param in model.parameters()), torch.float32)  # autocast overlooks meta tensors
+        with torch.no_grad():
+            functional_call(model, shapes, (torch.empty(1, *like.shape[1:], dtype=dtype, device="meta"),))
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return (2**31 - 1) // (2 * largest)
 
 
 def divisors(number: int) -> list[int]:
