@@ -1,6 +1,8 @@
 """Shared fixtures. Everything is made in memory or under tmp_path; nothing is downloaded."""
 
+import gc
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -15,3 +17,14 @@ def _seeded() -> None:
     import torch
 
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _gpu_memory_given_back() -> Iterator[None]:
+    """What torch's cache keeps reserved, DALI and the next process cannot have."""
+    yield
+    import torch
+
+    if torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
