@@ -67,6 +67,7 @@ def _image(encoded: DataNode, encoding: Encoding, gpu: bool) -> tuple[DataNode, 
         adjust_orientation=False,
         jpeg_fancy_upsampling=True,  # on GPUs as on CPUs, and as Pillow: most JPEGs hold their colour at half the size
         hw_decoder_load=encoding.hw_decoder_load,
+        affine=False,  # pinned, its threads would keep to cores that others use, the training thread's among them
     )
     return image, shape
 
@@ -188,13 +189,14 @@ def _beside(view: DataNode, number: DataNode) -> DataNode:
 
 
 def _clip(view: DataNode) -> DataNode:
-    return math.max(math.min(view, 255.0), 0.0)
+    return math.clamp(view, 0.0, 255.0)
 
 
 def _recolour(view: DataNode, draws: Any) -> DataNode:
-    mean = fn.reductions.mean(view, axes=[0, 1]).cpu()
-    shift = fn.reductions.sum(draws.mean_colour * mean, axes=1)
+    shift = fn.reductions.sum(_beside(view, draws.mean_colour) * fn.reductions.mean(view, axes=[0, 1]), axes=1)
     # float and clipped: rounding to whole levels here takes longer than the matrix itself
+    if view.device == "gpu":  # T is read on the CPU, and the shift's way there would have to wait for the view
+        return _clip(fn.coord_transform(view, M=draws.colour, dtype=types.FLOAT) + shift)
     return _clip(fn.coord_transform(view, M=draws.colour, T=shift, dtype=types.FLOAT))
 
 
@@ -309,6 +311,11 @@ def _normalise(image: DataNode, config: ViewConfig, half: bool) -> DataNode:
     )
 
 
+def _threads(num_threads: int, encoding: Encoding, gpu: bool) -> int:
+    """The executor's: half of all for a GPU that decodes, whose decoder starts as many of its own."""
+    return max(1, num_threads // 2) if gpu and not encoding.raw else num_threads
+
+
 def two_views(
     encoding: Encoding,
     config: ViewConfig,
@@ -326,7 +333,8 @@ def two_views(
 
     Either may raise StopIteration where there is no batch. On a CPU the images of a batch stay where they are until its
     views have been made.
-    second is the distribution of the second view, None the first's. device_id None runs everything on the CPU. half
+    second is the distribution of the second view, None the first's. num_threads are all that DALI starts for images: on
+    a GPU half of them are the decoder's, unless pixels come raw. device_id None runs everything on the CPU. half
     makes the views float16 instead of float32. levels stops before colour, for views that end in it: (view, view, A, B,
     A, B), the views in uint8 levels, A and B what each is to be recoloured by.
     """
@@ -345,7 +353,9 @@ def two_views(
             crops = [bound for draws, c in zip(both, configs, strict=True) for bound in windows(draws, c, *size)]
         return (*crops, *(getattr(draws, name) for draws, mine in zip(both, names, strict=True) for name in mine))
 
-    @pipeline_def(batch_size=batch_size, num_threads=num_threads, device_id=device_id, enable_conditionals=True)
+    threads = _threads(num_threads, encoding, gpu=device_id is not None)
+
+    @pipeline_def(batch_size=batch_size, num_threads=threads, device_id=device_id, enable_conditionals=True)
     def graph() -> tuple[DataNode, ...]:
         encoded = _encoded(images, encoding, gpu=device_id is not None)
         inputs = (2 * len(configs) if size else len(joint)) + len(names[0]) + len(names[1])
@@ -371,8 +381,9 @@ def plain_view(
     encoding: Encoding, config: ViewConfig, images: Images, *, batch_size: int, device_id: int | None, num_threads: int
 ) -> Pipeline:
     """Pipeline of images for evaluation: shorter side resized, central `size` square kept. `images` as `two_views`."""
+    threads = _threads(num_threads, encoding, gpu=device_id is not None)
 
-    @pipeline_def(batch_size=batch_size, num_threads=num_threads, device_id=device_id)
+    @pipeline_def(batch_size=batch_size, num_threads=threads, device_id=device_id)
     def graph() -> DataNode:
         image, _ = _image(_encoded(images, encoding, gpu=device_id is not None), encoding, gpu=device_id is not None)
         shorter = round(config.size / config.eval_crop)
@@ -387,21 +398,26 @@ def undecodable(images: Sequence[Bytes], encoding: Encoding, device_id: int | No
     """What the decoder says of each image that it does not decode, by its place; each is decoded alone."""
     waiting = deque(enumerate(images))
     faults: dict[int, str] = {}
-
-    @pipeline_def(batch_size=1, num_threads=1, device_id=device_id, prefetch_queue_depth=1)
-    def graph() -> DataNode:
-        gpu = device_id is not None
-        return _image(_encoded(lambda _: [waiting[0][1]], encoding, gpu), encoding, gpu)[0]
-
-    decode = graph()
+    decode = _decoded(lambda _: [waiting[0][1]], encoding, device_id)
     while waiting:
         try:
             decode.run()
         except RuntimeError as error:
             faults[waiting[0][0]] = complaint(error)
-            decode = graph()
+            decode = _decoded(lambda _: [waiting[0][1]], encoding, device_id)
         waiting.popleft()
     return faults
+
+
+def _decoded(images: Images, encoding: Encoding, device_id: int | None) -> Pipeline:
+    """Pipeline of one decoded image a batch, none of them ahead."""
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=device_id, prefetch_queue_depth=1)
+    def graph() -> DataNode:
+        gpu = device_id is not None
+        return _image(_encoded(images, encoding, gpu), encoding, gpu)[0]
+
+    return graph()
 
 
 def complaint(error: Exception) -> str:

@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from nvidia.dali import backend, fn
 from PIL import Image
 
 from pipeline.colour import finish
-from pipeline.graph import Encoding, plain_view, two_views, undecodable
+from pipeline.graph import Encoding, _decoded, plain_view, two_views, undecodable
 from pipeline.views import ATTEMPTS, OPERATIONS, VIEWS, Draws, ViewConfig, draw, make_views
 from tests.oracles import views as oracle
 
@@ -785,6 +786,83 @@ def nodes(graph: Any) -> list[tuple[str, str, Any]]:
     return [(getattr(node._op, "schema_name", type(node._op).__name__), node._op.device, node) for node in graph._ops]
 
 
+def specify(graph: Any) -> list[tuple[str, str, Any]]:
+    """The nodes of a GPU graph, once DALI has made the specification of each in C++, which needs no driver.
+
+    Raises what DALI says of an argument or a device that is none of the operator's. Whether an operator has a backend
+    for its device DALI asks only where there is a GPU, so that is looked up: LookupError.
+    """
+    found = nodes(graph)
+    registered = {"cpu": backend.RegisteredCPUOps, "gpu": backend.RegisteredGPUOps, "mixed": backend.RegisteredMixedOps}
+    for name, device, _ in found:
+        names = {name, name.lstrip("_")}  # arithmetic and indexing are registered without it
+        if not names & set(registered[device]()):
+            raise LookupError(f"{name} has no {device} backend")
+    graph._device_id = None
+    assert graph.serialize()
+    return found
+
+
+@pytest.mark.parametrize("profile", ["fast", "reference"])
+@pytest.mark.parametrize("raw", [None, (32, 32)])
+@pytest.mark.parametrize("changes", [{}, ALL, {"size": 32, "interpolation": "cubic"}])
+def test_every_gpu_graph_can_be_specified(profile: str, raw: tuple[int, int] | None, changes: dict[str, Any]) -> None:
+    config, encoding = make_views("imagenet", {"profile": profile, **changes}), Encoding(raw=raw)
+    asked: dict[str, Any] = {"batch_size": 4, "device_id": 0, "num_threads": 4}
+    draws = draw(config, seed=0, epoch=0, position=0, n=4)
+    for half in (False, True):
+        specify(two_views(encoding, config, lambda _: [], lambda _: draws, half=half, **asked))
+    specify(plain_view(encoding, config, lambda _: [], **asked))
+    specify(_decoded(lambda _: [], encoding, device_id=0))
+
+
+@pytest.mark.parametrize("profile", ["fast", "reference"])
+def test_what_a_gpu_would_refuse_is_found_without_one(profile: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each fault is planted in the graph's own resize."""
+    real = fn.resize
+    planted: list[tuple[type[Exception], str, Any]] = [
+        (KeyError, "antialais", lambda *given, **more: real(*given, antialais=True, **more)),
+        (LookupError, "PeekImageShape has no gpu", lambda *given, **more: real(*given, **more) + _shape(given[0])),
+        (RuntimeError, "incompatible device", lambda *given, **more: real(*given, device="cpu", **more)),
+        (ValueError, "must be on CPU", lambda *given, **more: real(*given, **more | {"size": _shape(given[0])})),
+    ]
+    config = make_views("imagenet", {"profile": profile})
+    asked: dict[str, Any] = {"batch_size": 1, "device_id": 0, "num_threads": 1}
+    for error, words, fault in planted:
+        monkeypatch.setattr(fn, "resize", fault)
+        with pytest.raises(error, match=words):
+            specify(two_views(Encoding(), config, lambda _: [], lambda _: (plain(1), plain(1)), **asked))
+
+
+def _shape(image: Any) -> Any:
+    return fn.peek_image_shape(image, device="gpu")
+
+
+@pytest.mark.parametrize(("raw", "threads"), [(None, 4), ((8, 8), 8)])
+def test_the_decoders_threads_are_among_those_asked_for(raw: tuple[int, int] | None, threads: int) -> None:
+    """On a GPU it has as many as the executor, beside them and free to move; bare pixels need none."""
+    config = make_views("cifar")
+    asked: dict[str, Any] = {"batch_size": 1, "device_id": 0, "num_threads": 8}
+    views = two_views(Encoding(raw=raw), config, lambda _: [], lambda _: (plain(1), plain(1)), **asked)
+    for graph in (views, plain_view(Encoding(raw=raw), config, lambda _: [], **asked)):
+        assert graph.num_threads == threads
+        decoders = [node._op._init_args for name, _, node in nodes(graph) if name == "decoders__Image"]
+        assert [given["affine"] for given in decoders] == ([] if raw else [False])
+    on_cpu = plain_view(Encoding(raw=raw), config, lambda _: [], **asked | {"device_id": None})
+    assert on_cpu.num_threads == 8
+
+
+def test_the_pixels_of_a_gpu_never_come_back() -> None:
+    """A copy to the CPU inside the graph would hold up the work there for the batch behind it."""
+    for profile in ("fast", "reference"):
+        config = make_views("imagenet", {"profile": profile, **ALL})
+        asked: dict[str, Any] = {"batch_size": 1, "device_id": 0, "num_threads": 1}
+        graph = two_views(Encoding(), config, lambda _: [], lambda _: (plain(1), plain(1)), **asked)
+        for name, _, node in nodes(graph):
+            for given in node.inputs:
+                assert given.device == "gpu" or given.source._op.device == "cpu", f"{name} has an input copied back"
+
+
 @pytest.mark.parametrize("profile", ["fast", "reference"])
 @pytest.mark.parametrize(("preset", "changes"), [("imagenet", {}), ("cifar", {}), ("imagenet", ALL)])
 def test_the_gpu_graph_can_be_defined_and_keeps_every_pixel_on_the_gpu(
@@ -795,24 +873,14 @@ def test_the_gpu_graph_can_be_defined_and_keeps_every_pixel_on_the_gpu(
 
     What a GPU alone shows is in test_gpu_views_equal_cpu_views.
     """
-    import nvidia.dali.backend
-
-    backend: Any = nvidia.dali.backend
-    known = {
-        "cpu": set(backend.RegisteredCPUOps()),
-        "gpu": set(backend.RegisteredGPUOps()),
-        "mixed": set(backend.RegisteredMixedOps()),
-    }
     config = make_views(preset, {"profile": profile, **changes})
     data, draws = [encode(noise(8, 8))], (plain(1), plain(1))
     asked: dict[str, Any] = {"batch_size": 1, "device_id": 0, "num_threads": 1}
     plain_graph = plain_view(Encoding(), config, lambda _: data, **asked)
     graph = two_views(Encoding(), config, lambda _: data, lambda _: draws, **asked)
-    for found in (nodes(graph), nodes(plain_graph)):
+    for found in (specify(graph), specify(plain_graph)):
         assert len(found) > 4
         for name, device, node in found:
-            internal = name.lstrip("_") if name in ("_ArithmeticGenericOp", "_TensorSubscript") else name
-            assert name in known[device] or internal in known[device], f"{name} has no {device} backend"
             schema = backend.GetSchema(name)
             for i, given in enumerate(node.inputs):
                 wanted = "cpu"  # of every argument, and of what the decoder reads
