@@ -359,10 +359,21 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
+    """Of the checkout, + where it differs; without git SWIFTCLR_COMMIT. RuntimeError where there is neither."""
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True).stdout.strip()
+        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
 
     measured = (":/", ":(top,exclude)benchmarks/records", ":(top,exclude)README.md")  # not what they write themselves
-    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno", "--", *measured) else "")
+    try:
+        changed = git("status", "--porcelain", "-uno", "--", *measured)
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError) as error:
+        if named := os.environ.get("SWIFTCLR_COMMIT"):
+            return named
+        raise RuntimeError(
+            f"a record names the commit that it measured, but git did not tell it ({error}): set SWIFTCLR_COMMIT to "
+            "the commit of this code"
+        ) from error

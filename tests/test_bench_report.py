@@ -56,6 +56,20 @@ def test_a_commit_is_marked_where_more_than_records_differs(tmp_path, monkeypatc
     assert marked == [False, False, True]
 
 
+@pytest.mark.parametrize("git", ["missing", "no repository"])
+def test_without_git_the_commit_comes_from_the_environment(git, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "__file__", str(tmp_path / "benchmarks" / "measure.py"))
+    (tmp_path / "benchmarks").mkdir()
+    if git == "missing":
+        monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.delenv("SWIFTCLR_COMMIT", raising=False)
+    with pytest.raises(RuntimeError, match="set SWIFTCLR_COMMIT to the commit of"):
+        measure.environment("cpu")
+    monkeypatch.setenv("SWIFTCLR_COMMIT", "abc1234")
+    assert measure.environment("cpu")["commit"] == "abc1234"
+
+
 NOTHING = dict.fromkeys(
     [
         name
