@@ -5,11 +5,15 @@
     python -m benchmarks.step --device cuda --depth 18 --size 32 --batch 256 --batch 512 --mode eager --mode graph
     torchrun --nproc-per-node 8 -m benchmarks.step --device cuda --bn local --bn sync    the price of global BatchNorm
 
+--mode eager, or eager and graph, leaves torch.compile out, which compiles anew at each batch and layout.
 Every layout x mode x precision x BatchNorm steps in turn, batch by batch, and a row each goes to records/step.csv. A
 step is forward, loss, backward and LARS, on the GPU's clock; "graph" is all of it captured as one CUDA graph, whose
 parts have no times. mfu counts the products of the network, forward and backward, against the rate of a plain product
 of the same precision, measured in the same run. On a GPU no step may wait for the device (sync debug mode "error"), and
 the kernels of LARS are counted by the profiler.
+
+Bounds of Hopper, computed and not measured: an H200 copies 4.3 TB/s (read and written), so that by the bytes it moves
+ResNet-50 at 224 px trains on at most 9,000 views/s eager, and 12,300 with its elementwise work fused.
 """
 
 from __future__ import annotations
