@@ -183,8 +183,9 @@ def plan(
     sizes = [micro_batch] if micro_batch else divisors(images)
     few = min(FEW, sizes[0])
     needs = measure(few)
-    # What a graph holds grows with the images; a run takes more than that, so that more images cannot fit.
-    likely = agree(max(few, most * few // max(1, needs[1])) if needs else few - 1)
+    # What a graph holds grows with the images, but for copies of weights in half precision; a run takes more than that.
+    weights = sum(param.numel() * param.element_size() for param in model.parameters())
+    likely = agree(max(few, most * few // max(1, needs[1] - weights)) if needs else few - 1)
     for candidate in sizes:
         if candidate > min(likely, bound):
             continue
@@ -220,7 +221,7 @@ def most_images(model: nn.Module, like: Tensor) -> int:
 
     def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
         nonlocal largest
-        largest = max(largest, output.numel())
+        largest = max(largest, output.numel() if isinstance(output, Tensor) else 0)
 
     hooks = [module.register_forward_hook(note) for module in model.modules()]
     training = model.training

@@ -314,14 +314,19 @@ class Gpu:
         free: int = 2**40,
         each: int = 1,
         fixed: int = 0,
+        copies: int = 0,
     ) -> None:
-        """Up to `most` images fit if that is given; else those whose graph of `each` bytes an image fits `free`."""
+        """Up to `most` images fit if that is given; else those whose run fits the part of `free` that `plan` uses.
+
+        A graph is `each` bytes an image and `copies` of weights; a run takes `fixed` beside it.
+        """
         self.tried: list[int] = []
         self.shape = (1, 3, size, size)
 
         def needs(_model: nn.Module, images: int, _like: Any, room: int) -> tuple[int, int] | None:
             self.tried.append(images)
-            peak, graph = fixed + each * images, each * images
+            graph = each * images + copies
+            peak = graph + fixed
             return (peak, graph) if (peak <= room if most is None else images <= most) else None
 
         monkeypatch.setattr("model.large_batch._needs", needs)
@@ -409,6 +414,15 @@ def test_a_size_that_cannot_fit_is_not_tried(
     assert chosen.micro_batch == like.tried[-1]
     if (images, gib) == (4096, 139):  # an H200: a quarter of the forward passes are not made twice
         assert chosen == Plan(1024, 4, 1, offload=False)
+
+
+def test_copies_of_weights_do_not_hide_a_size_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 32 px they weigh as much as the activations of a few images; 1024 images fit here with 1 % to spare."""
+    model, each = resnet50(), 2**21
+    copies = sum(2 * param.numel() for param in model.parameters())
+    free = int(1.01 * (1024 * each + copies + 2**20 + 2 * 1024 * 3 * 32**2 * 2) / 0.8)
+    like: Any = Gpu(monkeypatch, free=free, each=each, copies=copies, fixed=2**20)
+    assert plan(model, 1024, like).micro_batch == 1024
 
 
 def test_all_processes_try_the_same_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
