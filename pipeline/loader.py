@@ -126,14 +126,15 @@ class Loader:
         """
         batch_size   images per step over all ranks; a multiple of world_size and of lanes
         device       where the views are made and left: JPEGs are decoded and augmented there
-        num_threads  DALI's CPU threads for this rank, and torch's where it finishes views that a CPU makes
+        num_threads  DALI's CPU threads for this rank, half of them the decoder's where a GPU takes part; torch's, too,
+                     where it finishes views that a CPU makes
         half         float16 views instead of float32
         shuffle      False reads in the order of the shards
         window       shards whose samples are mixed together, and lanes, streams that share them out: pipeline/order.py
         micro_batch  gives this rank's batch in parts of so many images, a divisor of it, with the views that the whole
                      has; the pipeline and its memory are of that size. 0 gives the whole.
         second_views the distribution of the second view of each image, if it is not that of the first
-        hw_decoder_load  share of a batch's JPEGs that the GPU's hardware decoder takes, where it has one (A100, H100)
+        hw_decoder_load  share of a batch's JPEGs that the GPU's hardware decoder takes, where it has one (A100, Hopper)
         skip_damaged samples that may be damaged before this rank gives up; each is replaced by `Order.substitutes`
         cache        where shards of object storage are kept; without, samples are read from it by ranges
         Raises ValueError for arguments out of range or a data set smaller than one batch, LoaderError where a batch
