@@ -80,11 +80,14 @@ class _Feed:
     def images(self, number: int) -> Any:
         """Those of the batch of this number, for the pipeline; what fails in reading waits for the batch's turn."""
         try:
-            self._given.append((number, next(self._encoded)))
+            encoded = next(self._encoded, None)
         except Exception as error:
-            self._failure = error
-            raise StopIteration from error
-        return self._given[-1][1].images
+            self._failure = error.with_traceback(None)  # which would hold the frames that called, and so the pipeline
+            encoded = None
+        if encoded is None:
+            raise StopIteration
+        self._given.append((number, encoded))
+        return encoded.images
 
     def views(self, pipe: "Pipeline", stream: Any) -> list[Tensor]:
         """The pipeline's next outputs, still in its memory. Raises RuntimeError, or what failed in reading."""

@@ -839,6 +839,10 @@ def test_a_loader_that_is_let_go_reads_no_further(flats: Dataset) -> None:
         next(batches)
         del batches
         assert ended(before)
+        files = len(os.listdir("/proc/self/fd"))
+        for _ in range(3):
+            list(build_eval_loader(flats, TINY, 4, CPU, num_threads=1))
+        assert len(os.listdir("/proc/self/fd")) <= files
     finally:
         gc.enable()
 
