@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from pipeline.cache import Cache
     from pipeline.shards import Dataset
 
-KNN_BANK = 100_000  # samples that vote in the kNN of a running training; shards are shuffled, so the first ones serve
+KNN_BANK = 100_000  # samples that vote in the kNN of a running training, from all over the data set
 EVAL_BATCH = 512
 WINDOW = 16  # shards that are mixed together where they have to be fetched; they are shuffled when written
 VIEW_TABLES = ("views", "second_views")  # fields of TrainConfig and tables of a file, changed by --view, --second-view
@@ -342,10 +342,14 @@ def changed_sums(before: Mapping[str, Any], config: TrainConfig, world_size: int
         if images != were:
             notes.append(f"BatchNorm's statistics are of {images} images at a time, {were} before")
         if (world_size, config.cpu_threads) != (before["processes"], before["cpu_threads"]):
-            notes.append(
-                f"sums of {world_size} process(es) with {config.cpu_threads} threads, {before['processes']} with "
-                f"{before['cpu_threads']} before: the last bits differ"
+            now, then = (
+                f"{processes} process(es)" + (f" with {threads} threads" if threads else "")
+                for processes, threads in (
+                    (world_size, config.cpu_threads),
+                    (before["processes"], before["cpu_threads"]),
+                )
             )
+            notes.append(f"sums are made by {now}, by {then} before: the last bits differ")
     return notes
 
 
@@ -710,7 +714,8 @@ def _train(
         for damaged in gather_object([loader.damaged]):
             loader.learn(damaged)
         everyones = loader.damaged
-        log.damaged([(*loader.reader.where(sample), problem) for sample, problem in sorted(everyones.items())])
+        if main:
+            log.damaged([(*loader.reader.where(sample), problem) for sample, problem in sorted(everyones.items())])
         if len(everyones) > config.skip_damaged:
             raise LoaderError(
                 f"{len(everyones)} samples of {dataset.address} are damaged, more than --skip-damaged "

@@ -478,18 +478,19 @@ def build_eval_loader(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(images (n, 3, S, S) channels_last, labels (n,), -1 if none) of this rank's part, each sample once, in order.
 
-    batch_size is per rank; the last batch holds the rest. samples is the most that all ranks together give, None all.
+    batch_size is per rank; the last batch holds the rest. samples is the most that all ranks together give, spread
+    evenly over the data set, which may be sorted by class; None gives all.
     Raises LoaderError where a batch cannot be read.
     """
     from pipeline.graph import complaint, plain_view
 
-    first, stop = (dataset.samples * number // world_size for number in (rank, rank + 1))
-    if samples is not None:
-        stop = min(stop, first + samples * (rank + 1) // world_size - samples * rank // world_size)
+    num = dataset.samples if samples is None else min(samples, dataset.samples)
+    first, stop = (num * number // world_size for number in (rank, rank + 1))
     if first == stop:
         return
     batch_size = min(batch_size, stop - first)
-    parts = [np.arange(at, min(at + batch_size, stop)) for at in range(first, stop, batch_size)]
+    mine = np.arange(first, stop) * dataset.samples // num
+    parts = [mine[at : at + batch_size] for at in range(0, len(mine), batch_size)]
     if device.type == "cpu":
         _keep_freed_memory()
     reader, encoding = Reader(dataset), _encoding(dataset)

@@ -4,7 +4,8 @@ A sample is one read: the index says where its label and image lie, side by side
 into memory that the whole batch shares. Tars are opened as they are needed, at most MAX_OPEN at a time. Of a data set
 in object storage samples are read by ranges, or from whole shards that a cache holds on disk (pipeline/cache.py).
 
-Reading costs 4 us a sample of 3 KB (one core of an AMD EPYC, files in memory), DALI's WebDataset reader 15.
+Files in the page cache, two cores of an AMD EPYC, CPU time a sample: 15 us for 3 KB and 67 us for 110 KB; DALI's
+WebDataset reader takes 18 and 75.
 """
 
 import math
@@ -129,7 +130,7 @@ class Reader:
         return self._tars[shard], self.dataset.shards[shard].bytes, self.dataset.shards[shard].sha256
 
     def keep(self, shards: Sequence[int]) -> list[int]:
-        """Close all other tars, for a cache deletes none that is open; those of these shards that are not open now."""
+        """Close all tars but those of these shards, so that a cache may delete them; returns which are not open yet."""
         with self._opening:
             for shard in self._open.keys() - set(shards):
                 del self._open[shard]
@@ -204,8 +205,8 @@ class Reader:
             if not new:
                 return
             for shard, content in zip(new, self.dataset.index_contents(new), strict=True):
-                index = self.dataset.indexes[shard]
-                if fault := content_fault(self._tars[shard], index, self.dataset.shards[shard], None, content):
+                told = self.dataset.shards[shard]
+                if fault := content_fault(self._tars[shard], self.dataset.index(told), told, None, content):
                     raise DatasetError(f"{fault}. Copy the data set again")
                 self._place(shard, content)
                 self._located[shard] = True
@@ -213,17 +214,17 @@ class Reader:
     def _place(self, shard: int, index: bytes) -> None:
         """Lines EXTENSION OFFSET SIZE NAME, for the label and the image; taken apart at once, for speed."""
         here, words = slice(self._starts[shard], self._starts[shard + 1]), index.split()[2:]
-        each = 8 if self.dataset.labelled else 4
-        count = self.dataset.shards[shard].samples
+        each, told = 8 if self.dataset.labelled else 4, self.dataset.shards[shard]
+        count, file = told.samples, self.dataset.index(told)
         if len(words) != each * count:
-            raise DatasetError(f"{self.dataset.indexes[shard]} has {len(words)} words, expected {each} a sample")
+            raise DatasetError(f"{file} has {len(words)} words for {count} samples, expected {each} for each")
         numbers = np.fromstring(b" ".join(words[1::4] + words[2::4]), np.int64, sep=" ")
         offset, size = numbers.reshape(2, count, each // 4)
         first, ends = offset.min(1), (offset + size).max(1)
-        if first.min() < BLOCK or size.min() < 0 or ends.max() > self.dataset.shards[shard].bytes:
-            raise DatasetError(f"{self.dataset.indexes[shard]} names bytes that {self._tars[shard]} does not have")
+        if first.min() < BLOCK or size.min() < 0 or ends.max() > told.bytes:
+            raise DatasetError(f"{file} names bytes that {self._tars[shard]} does not have")
         if (ends - first).max() >= 2**31:
-            raise DatasetError(f"{self.dataset.indexes[shard]}: label and image of a sample lie 2 GiB apart")
+            raise DatasetError(f"{file}: label and image of a sample lie 2 GiB apart")
         self._start[here] = first
         image = np.zeros(count, np.intp)
         if self.dataset.labelled:
@@ -315,9 +316,8 @@ class Reader:
         if not self.dataset.raw:
             return [memory[a:b] for a, b in zip(starts.tolist(), ends, strict=True)]
         header, size = ppm_header(*self.dataset.raw), 3 * self.dataset.raw[0] * self.dataset.raw[1]
-        wrong = (self._image[samples, 1] != len(header) + size) | (
-            memory[starts[:, None] + np.arange(len(header))] != np.frombuffer(header, np.uint8)
-        ).any(1)
+        found = memory[np.minimum(starts[:, None] + np.arange(len(header)), len(memory) - 1)]
+        wrong = (self._image[samples, 1] != len(header) + size) | (found != np.frombuffer(header, np.uint8)).any(1)
         for sample in samples[wrong].tolist():
             faults.setdefault(sample, f"is no PPM of {self.dataset.raw[1]}x{self.dataset.raw[0]} pixels")
         if faults:

@@ -151,8 +151,7 @@ class Dataset:
 
     def index_contents(self, shards: Sequence[int]) -> list[bytes]:
         """The indexes of these shards, by their numbers. Raises OSError."""
-        indexes = self.indexes
-        return fetch([indexes[shard] for shard in shards])
+        return fetch([self.index(self.shards[shard]) for shard in shards])
 
 
 def manifest(dataset: Dataset) -> str:

@@ -614,9 +614,9 @@ def test_a_run_goes_on_with_one_process_and_again_with_two(shards: Path, tmp_pat
     done = run(*common, "--out", str(one), "--resume")
     assert done.exit_code == 0, done.output
     assert "16 per process in 4 micro-batches of 4" in done.output
-    assert "note       sums of 1 process(es) with 1 threads, 2 with 1 before: the last bits differ" in done.output
+    assert "sums are made by 1 process(es) with 1 threads, by 2 process(es) with 1 threads before" in done.output
     begin(again, one, 6)
-    assert "note       sums of 2 process(es)" in train_two(again, "--resume")
+    assert "sums are made by 2 process(es)" in train_two(again, "--resume")
     for out in (one, again):
         assert losses(out) == pytest.approx(losses(two), rel=1e-3)
     states = [json.loads((two / "checkpoints" / f"step-000000{step}" / "state.json").read_text()) for step in (3, 9)]
