@@ -9,6 +9,7 @@ import errno
 import fcntl
 import json
 import os
+import stat
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -87,7 +88,13 @@ def is_empty(folder: Path) -> bool:
 def _locked(file: Path, holder: str) -> int:
     """A descriptor of `file`, created if need be, that has its lock. Raises BlockingIOError if another process does."""
     while True:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:  # a file in its place, or a folder that its holder removed before mkdir looked at it
+            with contextlib.suppress(FileNotFoundError):
+                if not stat.S_ISDIR(file.parent.lstat().st_mode):
+                    raise
+            continue
         try:
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         except FileNotFoundError:  # the holder has just removed the folder that it had created

@@ -122,10 +122,29 @@ def test_many_processes_hold_the_claim_one_at_a_time(tmp_path: Path) -> None:
     assert (tmp_path / "count").read_text() == "600"
 
 
+def test_a_folder_that_goes_while_it_is_made_is_made_again(tmp_path: Path, monkeypatch: Any) -> None:
+    """Its holder removes it between mkdir's "it exists" and mkdir's look at what it is."""
+    real, calls = os.mkdir, []
+
+    def mkdir(path: Any, *rest: Any) -> None:
+        calls.append(path)
+        if len(calls) == 1:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        real(path, *rest)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    with claim(tmp_path / "run") as mine:
+        assert (tmp_path / "run/.lock").read_text() == mine.holder
+    assert len(calls) == 2
+
+
 def test_a_folder_that_cannot_be_written_in_is_the_callers_to_mend(tmp_path: Path, monkeypatch: Any) -> None:
     """A file in its place, a read-only disk, a link in place of the lock: one ValueError that names the path."""
     (tmp_path / "file").touch()
     with pytest.raises(FolderError, match="file cannot be written in .*File exists"), claim(tmp_path / "file"):
+        pass
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    with pytest.raises(FolderError, match="nowhere cannot be written in .*File exists"), claim(tmp_path / "nowhere"):
         pass
     (tmp_path / "run").mkdir()
     (tmp_path / "run/.lock").symlink_to(tmp_path / "victim")
