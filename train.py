@@ -429,6 +429,28 @@ def build_training(config: TrainConfig, accelerator: "Accelerator") -> Setup:
     return Setup(encoder, network, model, optimizer, peak, whole, head.out_features, loss_of, half, compiled)
 
 
+@contextmanager
+def leaving_the_group() -> Iterator[None]:
+    """End the process group when the run ends, however it does.
+
+    A process whose gloo threads still listen when the main process has gone may abort. Collectives on GPUs that a
+    failed process left open would be waited for; there torch ends the group with the process.
+    """
+    import torch.distributed as dist
+
+    try:
+        yield
+    except (RunError, Preempted):  # on all processes at once
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        raise
+    except BaseException:
+        if dist.is_initialized() and dist.get_backend() == "gloo":
+            dist.destroy_process_group()
+        raise
+
+
+@leaving_the_group()
 def train(
     config: TrainConfig,
     *,
