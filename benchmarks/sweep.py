@@ -73,9 +73,9 @@ from pipeline.demo import write_demo
 from pipeline.loader import Loader
 from pipeline.shards import Dataset, read_dataset
 from pipeline.views import VIEWS, make_views
-from tools import one_message
-from tools.doctor import step_of
-from train import RECIPES, Setup, TrainConfig, build_accelerator, build_training, share_of_cores
+from pipeline.workers import share_of_cores
+from tools.errors import one_message
+from train import RECIPES, TrainConfig, Training, build_accelerator, build_training
 
 BATCH_SIZES = (256, 512, 1024, 2048, 4096, 8192)
 ENOUGH = 0.97  # together / synthetic from which on the model limits
@@ -324,17 +324,17 @@ def measure(config: TrainConfig, budget: float) -> dict[str, Any]:
             next(loader)
 
         def compute() -> None:
-            step_of(setup, plan, itertools.repeat(synthetic, plan.count))
+            setup.step(itertools.repeat(synthetic, plan.count), 0.0)
 
         def both() -> None:
-            step_of(setup, plan, (batch.views for batch in itertools.islice(loader, plan.count)))
+            setup.step((batch.views for batch in itertools.islice(loader, plan.count)), 0.0)
 
         # Warm up, with no more than two micro-batches: a whole batch may take minutes on a CPU.
         few = min(plan.count, 2)
         short = replace(plan, count=few, keep=min(plan.keep, few))
         for _ in range(2):
             load()
-            (warm,) = turn(lambda: step_of(setup, short, itertools.repeat(synthetic, few)), 1, cuda)
+            (warm,) = turn(lambda: setup.step(itertools.repeat(synthetic, few), 0.0, short), 1, cuda)
         step_ms = largest(warm.ms) * plan.count / few
         turn_ms = min(TURN_MS, 1e3 * budget / (3 * FEWEST))
         steps = max(1, math.ceil(turn_ms / step_ms))
@@ -411,14 +411,14 @@ def loads_or_trains(config: TrainConfig, what: str) -> Iterator[Done]:
             # The queue is as full as steps leave it; that of a step of many micro-batches fills while they are encoded
             # again.
             for part in (short, short, plan if plan.count < 2 * QUEUED else short):
-                step_of(setup, part, itertools.islice(views, part.count))
+                setup.step(itertools.islice(views, part.count), 0.0, part)
         loader.take_wait_s()
         yield Done()
         while True:
             if what == "loader":
                 next(views)
             else:
-                step_of(setup, plan, itertools.islice(views, plan.count))
+                setup.step(itertools.islice(views, plan.count), 0.0)
             yield Done(plan.micro_batch if what == "loader" else config.batch_size, loader.take_wait_s())
 
 
@@ -448,7 +448,7 @@ def measure_in_slices(
 
 
 @contextlib.contextmanager
-def prepared(config: TrainConfig) -> Iterator[tuple[Any, Setup, Any, Tensor]]:
+def prepared(config: TrainConfig) -> Iterator[tuple[Any, Training, Any, Tensor]]:
     """Accelerator, set-up, loader and a synthetic micro-batch (2m, 3, S, S), as train.py would make them."""
     torch.set_num_threads(config.cpu_threads)
     accelerator = build_accelerator(config)
@@ -501,7 +501,7 @@ def on_cores(cores: set[int]) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def turn(work: Callable[[], None], times: int, cuda: bool) -> list[Step]:
+def turn(work: Callable[[], object], times: int, cuda: bool) -> list[Step]:
     """Each call, on the GPU's clock where there is one."""
     marks, stolen = Marks(cuda), [stolen_s()]
     marks()
@@ -649,13 +649,13 @@ def trained(task: Task, name: str, config: TrainConfig) -> Iterator[Done]:
         else:
             setup, views = rival(task, name, config)
         for i in itertools.count():
-            step_of(setup, setup.plan, itertools.islice(views, setup.plan.count))
+            setup.step(itertools.islice(views, setup.plan.count), 0.0)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             yield Done(config.batch_size if i else 0)
 
 
-def rival(task: Task, name: str, config: TrainConfig) -> tuple[Setup, Iterator[Tensor]]:
+def rival(task: Task, name: str, config: TrainConfig) -> tuple[Training, Iterator[Tensor]]:
     """Our network and optimizer with another's loss, and micro-batches of its loader."""
     loader_name, loss_name, workers = CONTESTANTS[name]
     if workers:
@@ -664,7 +664,7 @@ def rival(task: Task, name: str, config: TrainConfig) -> tuple[Setup, Iterator[T
     first = next(batches)  # its workers are forked here, before torch's threads and the GPU's context are made
     torch.set_num_threads(config.cpu_threads)
     accelerator = build_accelerator(config)
-    setup = build_training(config, accelerator)._replace(loss_of=rival_loss(loss_name, config.temperature))
+    setup = replace(build_training(config, accelerator), loss_of=rival_loss(loss_name, config.temperature))
     dtype = torch.half if setup.half else torch.float
     pairs = (
         [view.to(accelerator.device, dtype, non_blocking=True) for view in pair]
@@ -792,7 +792,7 @@ def trace(config: TrainConfig, folder: Path) -> dict[str, Any]:
         cuda = accelerator.device.type == "cuda"
 
         def both() -> None:
-            step_of(setup, setup.plan, (batch.views for batch in itertools.islice(loader, setup.plan.count)))
+            setup.step((batch.views for batch in itertools.islice(loader, setup.plan.count)), 0.0)
 
         turn(both, 2, cuda)
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]

@@ -13,9 +13,9 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -132,21 +132,58 @@ def latest_whole(folder: str | Path) -> tuple[Path | None, list[str]]:
     return None, []
 
 
-def set_aside_newer(path: Path) -> list[Path]:
-    """Rename checkpoints newer than `path`, which `latest_whole` passed over, to damaged-step-...; what they are now.
+class Saved(NamedTuple):
+    """A checkpoint to go on from."""
+
+    path: Path
+    state: dict[str, Any]  # all of state.json
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        return self.state["extra"]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The configuration that it was trained with."""
+        config = self.extra["config"]
+        return config | {"compile": "off"} if config.get("compile") == "auto" else config  # an earlier name of it
+
+
+def latest_for_all(folder: Path, main: bool, of_main: Callable[[Any], Any]) -> tuple[Path | None, list[str]]:
+    """`latest_whole` as the main process finds it, for all processes; the lines say what is passed over for it.
+
+    of_main: gives every process the main one's value.
+    """
+    newest, notes, refusal = None, [], ""
+    if main:
+        try:
+            newest, faults = latest_whole(folder)
+            notes = [f"{fault}: passed over, going on from {newest}" for fault in faults]
+        except DamagedError as error:
+            refusal = f"{error}. Put back a copy of one, or start anew with a new --out"
+    newest, notes, refusal = of_main((newest, notes, refusal))
+    if refusal:
+        raise DamagedError(refusal)
+    return newest, notes
+
+
+def set_aside_newer(saved: Saved) -> list[str]:
+    """Rename checkpoints newer than `saved`, which `latest_whole` passed over, to damaged-step-...; a line about each.
 
     Otherwise they would stand in the way of those that a run saves from there on.
     """
-    moved = []
-    for _, newer in reversed(_published(path.parent)):
-        if newer.name == path.name:
+    notes = []
+    for _, newer in reversed(_published(saved.path.parent)):
+        if newer.name == saved.path.name:
             break
         target = newer.with_name(f"damaged-{newer.name}")
         if target.exists():
             shutil.rmtree(target)
         os.rename(newer, target)
-        moved.append(target)
-    return moved
+        notes.append(f"a damaged checkpoint is now {target}")
+    if OWN_HASH not in saved.state:
+        notes.append(f"{saved.path / 'state.json'} is an earlier version's: no hash tells whether it is as written")
+    return notes
 
 
 def read_state(path: str | Path, files: Collection[str] | None = None) -> dict[str, Any]:

@@ -134,6 +134,14 @@ class Plan:
     keep: int
     offload: bool
 
+    def __str__(self) -> str:
+        return (
+            f"{self.count * self.micro_batch} per process"
+            + (f" in {self.count} micro-batches of {self.micro_batch}" if self.count > 1 else "")
+            + (f", {self.count - self.keep} of them encoded twice" if self.count > self.keep else "")
+            + (", waiting on the host" if self.offload else "")
+        )
+
 
 def plan(
     model: nn.Module,

@@ -7,11 +7,12 @@ every OSError names its file. metrics.jsonl and its like are read by `read_rows`
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import os
 import stat
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -70,6 +71,31 @@ def claim(folder: Path, program: str = "process") -> Iterator[Claim]:
             if created:
                 folder.rmdir()  # fails if it holds anything
         os.close(descriptor)
+
+
+@contextmanager
+def claim_for_all(folder: Path, main: bool, of_main: Callable[[Any], Any]) -> Iterator[str]:
+    """The main process of several claims `folder`; yields the claim's holder, or raises FolderError, on all of them.
+
+    of_main: gives every process the main one's value.
+    """
+    with contextlib.ExitStack() as stack:
+        holder, refusal = "", ""
+        if main:
+            try:
+                holder = stack.enter_context(claim(folder)).holder
+            except FolderError as error:
+                refusal = str(error)
+        holder, refusal = of_main((holder, refusal))
+        if refusal:
+            raise FolderError(refusal)
+        yield holder
+
+
+def next_free(path: Path) -> Path:
+    """path, or path-2, path-3, ... whichever does not exist yet."""
+    candidates = (path if i == 1 else path.with_name(f"{path.name}-{i}") for i in itertools.count(1))
+    return next(candidate for candidate in candidates if not candidate.exists())
 
 
 def holder_of(folder: Path) -> str:
@@ -242,7 +268,7 @@ class Log:
 
     def __init__(self, out: Path, rank: int, holder: str) -> None:
         self.out, self.rank, self.main, self.holder = out, rank, rank == 0, holder
-        self.told: dict[tuple[str, str], Any] = {}  # damaged samples that have been named, by shard and key
+        self.replaced: dict[tuple[str, str], Any] = {}  # damaged samples that have been named, by shard and key
         self.started, self.step = False, 0  # steps done
         self.notes: list[str] = []
         if self.main and (state := self._state()) not in (None, "done"):
@@ -267,8 +293,8 @@ class Log:
             self._write_rows(name, rows)
         if (self.out / "damaged.jsonl").exists():
             rows = [row for row in self._rows("damaged.jsonl") if {"shard", "key"} <= row.keys()]
-            self.told = {(row["shard"], row["key"]): row for row in rows}
-            self._write_rows("damaged.jsonl", list(self.told.values()))
+            self.replaced = {(row["shard"], row["key"]): row for row in rows}
+            self._write_rows("damaged.jsonl", list(self.replaced.values()))
         write_text(self.out / "config.json", json.dumps(config, indent=1))
         if self._state() != "failed":  # on another rank, meanwhile
             self._status("running", "")
@@ -282,10 +308,10 @@ class Log:
     def damaged(self, samples: Sequence[tuple[str, str, str]]) -> None:
         """damaged.jsonl: the samples that were replaced, as (shard, key, problem), each once; for quarantine --from."""
         rows = {each[:2]: dict(zip(("shard", "key", "problem"), each, strict=True)) for each in samples}
-        new = {place: row for place, row in rows.items() if place not in self.told}
+        new = {place: row for place, row in rows.items() if place not in self.replaced}
         if new:
             self._append("damaged.jsonl", list(new.values()))
-            self.told |= new
+            self.replaced |= new
 
     def status(self, state: Literal["running", "preempted", "failed", "done"], message: str = "") -> None:
         """status.json, for whatever watches the run: exit codes do not survive the launcher.
@@ -328,8 +354,8 @@ class Log:
 
     def _status(self, state: str, message: str) -> None:
         row = {"state": state, "step": self.step, "rank": self.rank, "message": message}
-        if self.told:
-            row["damaged"] = len(self.told)
+        if self.replaced:
+            row["damaged"] = len(self.replaced)
         file = self.out / "status.json"
         try:
             write_text(file, json.dumps(row), self.rank)

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from pipeline.store import PATIENCE_S, begin_range
+from pipeline.shards import Dataset
+from pipeline.store import PATIENCE_S, begin_range, is_remote
 
 PART = 8 << 20  # bytes of a request
 PARTS_AT_ONCE = 8  # requests in flight for one shard, so 64 MiB of memory
@@ -34,6 +35,25 @@ OURS = re.compile(r"[0-9a-f]{40}-(\d+)\.(shard|part)")
 def default_cache_folder() -> Path:
     """swiftclr in $XDG_CACHE_HOME, or in ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "swiftclr"
+
+
+def cache_for(dataset: Dataset, folder: str, gib: float, *, window: int, lanes: int) -> "Cache | None":
+    """Where shards from object storage are kept, None for those on a disk.
+
+    folder  "" is `default_cache_folder`
+    gib     the most that it may hold
+    window  shards that a lane mixes at a time, and lanes, those of this node; ValueError where two windows of each,
+            the one in use and the next, have no room
+    """
+    if not is_remote(dataset.tars_address):
+        return None
+    largest = sum(sorted(shard.bytes for shard in dataset.shards)[-window:])
+    if (needed := 2 * lanes * largest / 2**30) > gib:
+        raise ValueError(
+            f"--cache-gib {gib:g} is too little for the shards in use and the next ones: windows of {window} shards, "
+            f"two of each of this node's {lanes} lane(s), take up to {needed:.3g} GiB. Allow more, or lower --window"
+        )
+    return Cache(Path(folder) if folder else default_cache_folder(), int(gib * 2**30))
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from pipeline.colour import finish
-from pipeline.order import Numbers, Order
+from pipeline.order import Numbers, Order, divide
 from pipeline.reader import DamagedError, Encoded, Reader, ahead
 from pipeline.shards import Dataset, DatasetError
 from pipeline.views import Draws, ViewConfig, check_pair, draw
@@ -150,24 +150,16 @@ class Loader:
             raise ValueError(f"seed {seed} is not between 0 and 2**63 - 1")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is none of {world_size} rank(s), which count from 0")
-        if micro_batch < 0:
-            raise ValueError(f"micro_batch {micro_batch} is negative; expected a number of images, or 0 for all")
-        if batch_size < 1 or batch_size % world_size:
-            raise ValueError(f"batch_size {batch_size} does not divide into {world_size} ranks")
-        if dataset.samples < batch_size:
-            raise ValueError(
-                f"{dataset.address} has {dataset.samples} samples, fewer than one batch of {batch_size}; lower the "
-                "batch size"
-            )
-        self.local_batch_size = batch_size // world_size
-        self.micro_batch = micro_batch or self.local_batch_size
-        self._micro_batches, rest = divmod(self.local_batch_size, self.micro_batch)
-        if rest:
-            near = sorted(_divisors(self.local_batch_size), key=lambda divisor: abs(divisor - micro_batch))[:3]
-            raise ValueError(
-                f"micro_batch {micro_batch} does not divide the {self.local_batch_size} images of a rank's batch; near "
-                f"are {', '.join(map(str, sorted(near)))}"
-            )
+        division = divide(
+            dataset.samples,
+            batch_size,
+            world_size=world_size,
+            micro_batch=micro_batch,
+            lanes=lanes if shuffle else 1,
+            address=dataset.address,
+        )
+        self.local_batch_size, self.micro_batch = division.local_batch_size, division.micro_batch
+        self._micro_batches = division.num_micro_batches
         counts = [shard.samples for shard in dataset.shards]
         self._order = Order(counts, batch_size, seed=seed, window=window, lanes=lanes, shuffle=shuffle)
         self.steps_per_epoch = self._order.steps_per_epoch
@@ -591,7 +583,3 @@ def _keep_freed_memory() -> None:
         mallopt(_M_TOP_PAD, 1 << 27)
         mallopt(_M_MMAP_THRESHOLD, 1 << 30)
         mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
-
-
-def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]

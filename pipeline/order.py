@@ -27,6 +27,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +36,51 @@ Numbers = NDArray[np.int64]
 ROUNDS = 8
 LEAST = 8  # smaller factors would mix few elements badly
 _GOLDEN, _FIRST, _SECOND, _MASK = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 2**64 - 1
+
+
+class Division(NamedTuple):
+    """How an epoch divides into batches, and a batch among processes; see `divide`."""
+
+    steps_per_epoch: int
+    local_batch_size: int  # images of one process in a batch
+    micro_batch: int  # images that a process takes at a time
+    num_micro_batches: int  # of one process in a batch
+
+
+def divide(
+    samples: int,
+    batch_size: int,
+    *,
+    world_size: int = 1,
+    micro_batch: int = 0,
+    lanes: int = 1,
+    address: str = "the data set",
+) -> Division:
+    """The arithmetic of a run. micro_batch 0 is a process's whole batch; address stands in the messages.
+
+    Raises ValueError for a batch that does not divide into processes, lanes and micro-batches, or is larger than an
+    epoch.
+    """
+    if micro_batch < 0:
+        raise ValueError(f"micro_batch {micro_batch} is negative; expected a number of images, or 0 for all")
+    for number, name in ((world_size, "processes"), (lanes, "lanes")):
+        if batch_size < 1 or batch_size % number:
+            raise ValueError(f"batch_size {batch_size} does not divide into {number} {name}")
+    local = batch_size // world_size
+    count, rest = divmod(local, micro_batch or local)
+    if rest:
+        near = sorted((n for n in range(1, local + 1) if local % n == 0), key=lambda n: abs(n - micro_batch))[:3]
+        raise ValueError(
+            f"micro_batch {micro_batch} does not divide the {local} images of a process's batch; near are "
+            f"{', '.join(map(str, sorted(near)))}"
+        )
+    steps = samples // lanes // (batch_size // lanes)
+    if not steps:
+        where = f" in {lanes} lanes" if lanes > 1 else ""
+        raise ValueError(
+            f"{address} has {samples} samples{where}, fewer than one batch of {batch_size}; lower the batch size"
+        )
+    return Division(steps, local, micro_batch or local, count)
 
 
 def _mix(z: int) -> int:
@@ -109,7 +155,7 @@ class Order:
         window      shards whose samples are mixed together; 0: all of a lane
         lanes       streams that share out the shards
         shuffle     False: every epoch goes through the samples as they lie, and windows and lanes do not count
-        Raises ValueError for numbers out of range, or fewer samples than one batch takes.
+        Raises ValueError for numbers out of range, and as `divide`.
         """
         self.samples, self.batch_size, self.seed = sum(shards), batch_size, seed
         self.window, self.lanes, self.shuffle = (
@@ -119,15 +165,8 @@ class Order:
         )
         if window < 0 or lanes < 1:
             raise ValueError(f"window {window} and lanes {lanes}: expected at least 0 and at least 1")
-        if batch_size < 1 or batch_size % self.lanes:
-            raise ValueError(f"batch_size {batch_size} is not a multiple of {self.lanes} lane(s)")
+        self.steps_per_epoch = divide(self.samples, batch_size, lanes=self.lanes).steps_per_epoch
         self._from_each = batch_size // self.lanes
-        self.steps_per_epoch = self.samples // self.lanes // self._from_each
-        if not self.steps_per_epoch:
-            raise ValueError(
-                f"{self.samples} samples in {self.lanes} lane(s) are fewer than one batch of {batch_size}; lower the "
-                "batch size"
-            )
         self._starts = np.concatenate([[0], np.cumsum(shards, dtype=np.int64)])
         self._lane = lru_cache(2 * self.lanes)(self._lay_out)  # of two epochs: reading ahead comes to the next one
 

@@ -1,4 +1,4 @@
-"""Processes that share the work on shards: one function, many tasks, results in order."""
+"""Processes that share the work on shards, one function, many tasks, results in order; and cores that they share."""
 
 import multiprocessing
 import os
@@ -10,6 +10,16 @@ from typing import TypeVar
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+
+
+def local_world_size() -> int:
+    """Processes that were launched on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def share_of_cores() -> int:
+    """Of this process among those that were launched on this machine."""
+    return max(1, len(os.sched_getaffinity(0)) // local_world_size())
 
 
 def in_order(

@@ -117,7 +117,7 @@ def model_of(seconds: float) -> Iterator[None]:
         burn(seconds)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.train_step", take)
+        patch.setattr("model.step.train_step", take)
         yield
 
 
@@ -310,11 +310,11 @@ def test_the_sweep_trains_with_the_step_that_trains(config: TrainConfig, monkeyp
         assert (setup.plan.micro_batch, setup.plan.count) == (16, 2)
         before = [p.detach().clone() for p in setup.network.parameters()]
         views = (batch.views for batch in itertools.islice(loader, 2))
-        sweep.step_of(setup, setup.plan, views)
+        setup.step(views, 0.0)
         assert all(torch.equal(p, q) for p, q in zip(setup.network.parameters(), before, strict=True))
         seen = []
-        monkeypatch.setattr("train.train_step", lambda *given, **options: seen.append((list(given[2]), options)))
-        sweep.step_of(setup, setup.plan, itertools.repeat(synthetic, 2))
+        monkeypatch.setattr("model.step.train_step", lambda *given, **options: seen.append((list(given[2]), options)))
+        setup.step(itertools.repeat(synthetic, 2), 0.0)
     ((micro_batches, options),) = seen
     assert len(micro_batches) == options["count"] == 2
 
@@ -335,7 +335,7 @@ def cores_in_use(config: TrainConfig) -> dict[str, Any]:
     """Those of this thread before, then of it, of others and of the loader's in the block, and of it afterwards."""
     before = os.sched_getaffinity(0)
     with sweep.prepared(config) as (_, setup, loader, _):
-        sweep.step_of(setup, setup.plan, (batch.views for batch in itertools.islice(loader, setup.plan.count)))
+        setup.step((batch.views for batch in itertools.islice(loader, setup.plan.count)), 0.0)
         training, others, loading = os.sched_getaffinity(0), [], []
         ids = {thread.native_id for thread in threading.enumerate() if thread.name.startswith("loader")}
         assert len(ids) == 1

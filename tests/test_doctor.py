@@ -252,7 +252,7 @@ def test_settings_of_threads_that_cost_time_are_found(
 
 
 def test_cores_that_are_not_there_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.share_of_cores", lambda: 16)
+    monkeypatch.setattr("pipeline.workers.share_of_cores", lambda: 16)
     assert doctor.cores(8) == doctor.Finding("ok", "16 cores, 2 for each process")
     assert "17 processes share 16 cores" in doctor.cores(17).found
     monkeypatch.setattr(doctor, "cpu_quota", lambda: 4.0)
@@ -448,7 +448,7 @@ def test_a_step_that_cannot_be_made_is_a_fault() -> None:
 
 def test_a_run_folder_that_cannot_be_made_is_found(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    trial = SimpleNamespace(setup=SimpleNamespace(optimizer=SimpleNamespace(state={}), network=nn.Linear(2, 2)))
+    trial = SimpleNamespace(training=SimpleNamespace(optimizer=SimpleNamespace(state={}), network=nn.Linear(2, 2)))
     finding = doctor.checkpoints(trial, RECIPES["demo"], tmp_path / "file" / "run")  # type: ignore[arg-type]
     assert finding.state == "fault"
     assert doctor.checkpoints(trial, RECIPES["demo"], tmp_path / "new" / "run").state == "ok"  # type: ignore[arg-type]

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import train
 from model import monitor, nt_xent
 from model.encoder import build_encoder
 from model.lars import param_groups
 from model.simclr import ProjectionHead, SimCLR
+from model.step import build_optimizer, train_step
 
 IMAGES, SIZE, COUNT = 4, 32, 2  # of a micro-batch, of a view, and micro-batches of a step
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal.default", "unique")
@@ -145,7 +145,7 @@ def step(
         moved(probe.linear)
         forward = network.forward
         network.forward = lambda v: torch.autocast("cuda", torch.bfloat16)(forward)(v).float()  # type: ignore[method-assign]
-        made = train.build_optimizer(optimizer, param_groups(network, 1e-4), lr=0.1, momentum=momentum)  # type: ignore[arg-type]
+        made = build_optimizer(optimizer, param_groups(network, 1e-4), lr=0.1, momentum=momentum)  # type: ignore[arg-type]
 
         def micro_batches() -> Iterator[Tensor]:
             for _ in range(COUNT):
@@ -159,9 +159,7 @@ def step(
 
         stack.enter_context(watch)
         for _ in range(2):
-            out = train.train_step(
-                network, made, micro_batches(), loss_of, 0.1, count=COUNT, keep=keep, offload=offload
-            )
+            out = train_step(network, made, micro_batches(), loss_of, 0.1, count=COUNT, keep=keep, offload=offload)
         probe.accuracy()
         contrast = monitor.contrast(*torch.empty(2 * IMAGES, 128, device="cuda").chunk(2), 0.1)
         left = [*out, *contrast.values(), *network.buffers(), *network.parameters(), *probe.linear.parameters()]

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import train
 from model.encoder import build_encoder
 from model.large_batch import Plan, _needs, backward, most_images, plan
 from model.lars import param_groups
 from model.nt_xent import nt_xent
 from model.simclr import ProjectionHead, SimCLR
+from model.step import Outcome, build_optimizer, train_step
 
 ROOT = Path(__file__).resolve().parents[1]
 RAGGED = (4, 4, 4, 3)  # images in each micro-batch
@@ -246,8 +246,8 @@ def test_a_step_that_is_not_finite_changes_nothing(name: str, first: bool, where
         moments = [value for entry in optimizer.state.values() for value in entry.values()]
         return [t.clone() for t in (*model.parameters(), *model.buffers(), *moments)]
 
-    def step(batches: list[Tensor], scale: float = 1.0) -> train.Outcome:
-        return train.train_step(model, optimizer, batches, lambda z: scale * loss_of(z), 0.1, count=len(batches))
+    def step(batches: list[Tensor], scale: float = 1.0) -> Outcome:
+        return train_step(model, optimizer, batches, lambda z: scale * loss_of(z), 0.1, count=len(batches))
 
     good, broken = micro_batches((4, 3), size=16), micro_batches((4, 3), size=16)
     if where == "views":
@@ -256,7 +256,7 @@ def test_a_step_that_is_not_finite_changes_nothing(name: str, first: bool, where
     ends = []
     for interrupted in (False, True):
         model = network()
-        optimizer = train.build_optimizer(name, param_groups(model, 1e-4), lr=0.1, momentum=0.9)
+        optimizer = build_optimizer(name, param_groups(model, 1e-4), lr=0.1, momentum=0.9)
         if not first:
             assert not step(good).skipped
         if interrupted:
@@ -278,7 +278,7 @@ def test_optimizers_that_can_skip_step_like_those_that_cannot(name: str, plain: 
     """Fused kernels go through memory: with another layout of a gradient they would be wrong without a word."""
     ours, theirs = network(), network()
     more = {"momentum": 0.9} if name == "sgd" else {}
-    optimizer = train.build_optimizer(name, param_groups(ours, 1e-2), lr=0.1, momentum=0.9)  # type: ignore[arg-type]
+    optimizer = build_optimizer(name, param_groups(ours, 1e-2), lr=0.1, momentum=0.9)  # type: ignore[arg-type]
     other = plain(param_groups(theirs, 1e-2), lr=0.1, foreach=False, **more)
     backward(ours, micro_batches((3, 3), size=16), loss_of, count=2)
     for name, param in theirs.named_parameters():
@@ -499,7 +499,7 @@ def test_a_gpu_is_filled_and_never_overfilled() -> None:
 def test_a_step_never_waits_for_the_gpu(name: str, offload: bool) -> None:
     """Whether it is skipped or not; and it moves the weights as one graph does."""
     model = network().cuda()
-    optimizer = train.build_optimizer(name, param_groups(model, 1e-4), lr=0.1, momentum=0.9)  # type: ignore[arg-type]
+    optimizer = build_optimizer(name, param_groups(model, 1e-4), lr=0.1, momentum=0.9)  # type: ignore[arg-type]
     good = [views.cuda() for views in micro_batches()]
     broken = [*good[:-1], torch.full_like(good[-1], torch.nan)]
     expected = network().cuda()
@@ -510,7 +510,7 @@ def test_a_step_never_waits_for_the_gpu(name: str, offload: bool) -> None:
             torch.cuda.synchronize()
             torch.cuda.set_sync_debug_mode("error")
             count = len(batches)
-            outcomes.append(train.train_step(model, optimizer, batches, loss_of, 0.1, count=count, offload=offload))
+            outcomes.append(train_step(model, optimizer, batches, loss_of, 0.1, count=count, offload=offload))
             torch.cuda.set_sync_debug_mode("default")
             if batches is good:
                 after = [param.clone() for param in model.parameters()]
@@ -518,7 +518,7 @@ def test_a_step_never_waits_for_the_gpu(name: str, offload: bool) -> None:
         torch.cuda.set_sync_debug_mode("default")
     assert [bool(outcome.skipped) for outcome in outcomes] == [False, True]
     assert all(torch.equal(param, kept) for param, kept in zip(model.parameters(), after, strict=True))
-    other = train.build_optimizer(name, param_groups(expected, 1e-4), lr=0.1, momentum=0.9)  # type: ignore[arg-type]
+    other = build_optimizer(name, param_groups(expected, 1e-4), lr=0.1, momentum=0.9)  # type: ignore[arg-type]
     other.step()
     for param, want in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(param, want, rtol=1e-3, atol=1e-3)

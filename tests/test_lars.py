@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.measure import count_kernels
 from model.lars import LARS, param_groups
+from model.step import build_optimizer
 from tests.oracles.lars import lars_update
-from train import build_optimizer
 
 SHAPES = {
     "conv": (8, 4, 3, 3),

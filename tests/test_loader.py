@@ -468,8 +468,8 @@ def test_threads_precision_and_folder_are_no_part_of_a_position(noises: Dataset)
     [
         (24, 1, ["23 samples", "24"]),
         (24, 4, ["23 samples", "24"]),
-        (5, 2, ["5", "2 ranks"]),
-        (2, 3, ["2", "3 ranks"]),
+        (5, 2, ["5", "2 processes"]),
+        (2, 3, ["2", "3 processes"]),
         (0, 1, ["0"]),
         (-4, 2, ["-4"]),
     ],

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import train
 from model import monitor
 from model.checkpoint import latest
 from model.monitor import OnlineProbe, contrast
+from model.step import Outcome, train_step
 from pipeline.shards import Sample
 from pipeline.write import write_shards
 from tests.oracles import monitor as oracle
@@ -198,13 +198,13 @@ def test_a_probe_may_begin_where_a_run_goes_on(
     for option, resumed_at in (("--no-online-probe", 0), ("--online-probe", 2), ("--online-probe", 4)):
         taken = iter(range(2))
 
-        def cut(*given: Any, real: Any = train.train_step, taken: Any = taken, **options: Any) -> train.Outcome:
+        def cut(*given: Any, real: Any = train_step, taken: Any = taken, **options: Any) -> Outcome:
             if next(taken, None) is None:
                 raise OSError("the plug was pulled")
             return real(*given, **options)
 
         with monkeypatch.context() as patch:
-            patch.setattr(train, "train_step", cut)
+            patch.setattr("model.step.train_step", cut)
             done = run(*common, "1", "--resume", option)
         assert f"step {resumed_at} of 6" in done.output
         assert ("from nothing: the checkpoint has none" in done.output) == (resumed_at == 2), done.output

@@ -35,11 +35,14 @@ from model.checkpoint import OWN_HASH, NotFiniteError, latest, load_encoder, sav
 from model.encoder import build_encoder
 from model.nt_xent import nt_xent
 from model.simclr import ProjectionHead, SimCLR
+from model.step import Outcome, train_step
 from pipeline.loader import Batch, Loader, LoaderError
 from pipeline.shards import Sample, read_dataset
 from pipeline.write import write_shards
 from tests.oracles.monitor import contrast
-from tools import one_message, training_of
+from tools import signals
+from tools.errors import one_message
+from tools.runs import training_of
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM, BATCH = 70, 16  # four steps an epoch, six samples over
@@ -232,15 +235,15 @@ def test_a_compiled_run_is_the_eager_one_under_the_same_names(
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    for choice in ("on", "auto"):
+    for choice in ("on", "off"):
         done = run("--data", str(shards), "--steps", "3", "--compile", choice, "--out", str(tmp_path / choice))
         assert done.exit_code == 0, done.output
         assert ("compiled" if choice == "on" else "eager") in done.output
-        assert len(graphs) == 1, "one graph without a break, and none where auto is off"
+        assert len(graphs) == 1, "one graph without a break, and none where it is off"
     assert [row["loss"] for row in rows(tmp_path / "on")] == pytest.approx(
-        [row["loss"] for row in rows(tmp_path / "auto")], rel=1e-5
+        [row["loss"] for row in rows(tmp_path / "off")], rel=1e-5
     )
-    ends = [load_file(latest(tmp_path / choice / "checkpoints") / "model.safetensors") for choice in ("on", "auto")]
+    ends = [load_file(latest(tmp_path / choice / "checkpoints") / "model.safetensors") for choice in ("on", "off")]
     assert list(ends[0]) == list(ends[1])
     for name, tensor in ends[1].items():
         torch.testing.assert_close(ends[0][name], tensor, rtol=1e-4, atol=1e-5)
@@ -369,8 +372,8 @@ def test_a_signal_to_the_launcher_and_all_it_started_saves(
 
 
 def test_only_a_second_interrupt_after_a_while_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    stop, now = train.Stop(), [100.0]
-    monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
+    stop, now = signals.Stop(), [100.0]
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
     for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.raise_signal(number)
     now[0] += stop.AGAIN_S
@@ -426,15 +429,15 @@ def test_a_run_in_micro_batches_resumes_bit_for_bit(
     assert [row.get("skipped") for row in rows(tmp_path / "whole")] == [None, None, 1, 2, None, None]
     assert [row["loss"] is None for row in rows(tmp_path / "whole")] == [False, False, True, True, False, False]
 
-    out, real, calls = tmp_path / "cut", train.train_step, iter(range(4))
+    out, real, calls = tmp_path / "cut", train_step, iter(range(4))
 
-    def cut(*arguments: Any, **more: Any) -> train.Outcome:
+    def cut(*arguments: Any, **more: Any) -> Outcome:
         if next(calls, None) is None:
             raise OSError("the plug was pulled")
         return real(*arguments, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "train_step", cut)
+        patch.setattr("model.step.train_step", cut)
         assert "the plug was pulled" in run(*common, "--out", str(out)).output
     assert ends(out) != ends(tmp_path / "whole")
     done = run(*common, "--out", str(out), "--resume", "--keep-graphs", "3")
@@ -453,7 +456,7 @@ def test_a_micro_batch_that_does_not_divide_is_refused(
     monkeypatch.delattr(train, "build_training")
     done = run("--data", str(shards), "--out", str(tmp_path / "run"), "--micro-batch", "5")
     assert done.exit_code == 2
-    assert "micro_batch 5 does not divide the 16 images of a rank's batch; near are 2, 4, 8" in done.output
+    assert "micro_batch 5 does not divide the 16 images of a process's batch; near are 2, 4, 8" in done.output
     assert not (tmp_path / "run").exists()
 
 
@@ -462,16 +465,16 @@ def _watched_rank(rank: int, world_size: int, port: int, data: str, out: str) ->
     join(rank, world_size, port)
     if rank == 1:
         poison(pytest.MonkeyPatch(), range(2, 100))
-    real, seen = train.train_step, []
+    real, seen = train_step, []
 
-    def keeping(model: Any, optimizer: Any, views: Any, loss_of: Any, *more: Any, **options: Any) -> train.Outcome:
+    def keeping(model: Any, optimizer: Any, views: Any, loss_of: Any, *more: Any, **options: Any) -> Outcome:
         def loss(z: torch.Tensor) -> torch.Tensor:
             seen.append(z.detach().clone())
             return loss_of(z)
 
         return real(model, optimizer, views, loss, *more, **options)
 
-    pytest.MonkeyPatch().setattr(train, "train_step", keeping)
+    pytest.MonkeyPatch().setattr("model.step.train_step", keeping)
     done = run("--data", data, "--out", out, "--steps", "30", "--max-skipped", "3", "--log-every", "1")
     (Path(out) / f"rank-{rank}.txt").write_text(f"{done.exit_code} {done.output}")
     torch.save(seen, Path(out) / f"rank-{rank}.pt")
@@ -560,7 +563,7 @@ def _one_rank(rank: int, world_size: int, port: int, folder: str) -> None:
     kept: list[torch.Tensor] = []
     optimizer.register_step_pre_hook(lambda *_: kept.extend(p.grad.clone() for p in network.parameters()))
     group = torch.distributed.group.WORLD
-    loss = train.train_step(model, optimizer, [mine], lambda z: nt_xent(z, 0.2, group=group), 0.0).loss
+    loss = train_step(model, optimizer, [mine], lambda z: nt_xent(z, 0.2, group=group), 0.0).loss
     loss = accelerator.reduce(loss, "mean")
     if rank == 0:
         torch.save((loss, kept), Path(folder) / "stepped.pt")
@@ -841,10 +844,10 @@ def _blind_rank(rank: int, world_size: int, port: int, folder: str) -> None:
     accelerator, mine = Accelerator(cpu=True), Path(folder) / str(rank)
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.chdir(mine)
-    assert train.newest_of_all(accelerator, Path("none")) is None
+    assert train.newest_for_all(Path("none"), accelerator) is None
     with pytest.raises(train.RunError, match="rank 1 does not see own/step-0000002, where rank 0 goes on: --out must"):
-        train.newest_of_all(accelerator, Path("own"))
-    assert train.newest_of_all(accelerator, Path("shared")) == Path("shared/step-0000002")
+        train.newest_for_all(Path("own"), accelerator)
+    assert train.newest_for_all(Path("shared"), accelerator) == Path("shared/step-0000002")
     accelerator.end_training()
 
 
@@ -887,7 +890,7 @@ def test_only_errors_of_ours_are_one_line(
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(train, "train_step", fail)
+    monkeypatch.setattr("model.step.train_step", fail)
     done = run("--data", str(shards), "--out", str(tmp_path / "run"))
     assert done.exit_code == 1
     if line:

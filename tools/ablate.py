@@ -124,7 +124,7 @@ def ablate(
     list_: Annotated[bool, typer.Option("--list", help="Show the grids, or the cells of one; train nothing.")] = False,
 ) -> None:
     """Train and score a named grid of the paper, and draw its figure. Options of train.py scale it down."""
-    from tools import one_message
+    from tools.errors import one_message
 
     try:
         with one_message("ablate"):

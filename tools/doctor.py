@@ -24,7 +24,7 @@ import tempfile
 import textwrap
 import time
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from model.large_batch import Plan
     from pipeline.loader import Loader
     from pipeline.shards import Dataset, Shard
-    from train import Setup, TrainConfig
+    from train import TrainConfig, Training
 
 # torch's threads and DALI's share the cores; threads that spin while they wait would take them from the others.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -208,7 +208,7 @@ def shared_memory(processes: int, gpus: int) -> Finding:
 
 def cores(processes: int) -> Finding:
     """Cores for torch's and DALI's threads, and nothing in the environment that takes them away again."""
-    from train import share_of_cores
+    from pipeline.workers import share_of_cores
 
     num = share_of_cores()
     share = max(1, num // processes)
@@ -344,18 +344,12 @@ def labels(dataset: "Dataset", queries: "Dataset | None") -> Finding:
 
 def first_batch(dataset: "Dataset", config: "TrainConfig", processes: int, device: "torch.device") -> Finding:
     """The loader reads shards and gives views."""
-    from pipeline.loader import Loader
+    from train import build_loader
 
     n = max(1, min(32, dataset.samples // processes))
     start = time.monotonic()
-    loader = Loader(
-        dataset,
-        config.views,
-        n * processes,
-        device,
-        world_size=processes,
-        shuffle=False,
-        second_views=config.second_views,
+    loader = build_loader(
+        replace(config, batch_size=n * processes, micro_batch=0), dataset, device, world_size=processes
     )
     next(loader)
     return ok(f"two views of {n} images in {time.monotonic() - start:.1f} s, start included")
@@ -407,24 +401,19 @@ def available_memory() -> int:
 
 def steps(dataset: "Dataset", config: "TrainConfig", processes: int) -> Finding:
     """The batch divides into processes and micro-batches, the data fill it, and few images are left over."""
-    import torch
-
-    from pipeline.loader import Loader
+    from pipeline.order import divide
 
     if rest := config.batch_size % processes:
         fitting = max(processes, config.batch_size - rest)
         text = f"batch size {config.batch_size} does not divide into {processes} processes"
         return fault(text, f"--batch-size {fitting}")
-    loader = Loader(
-        dataset,
-        config.views,
+    num = divide(
+        dataset.samples,
         config.batch_size,
-        torch.device("cpu"),
         world_size=processes,
         micro_batch=config.micro_batch,
-        second_views=config.second_views,
-    )
-    num = loader.steps_per_epoch
+        address=dataset.address,
+    ).steps_per_epoch
     left = dataset.samples - num * config.batch_size
     text = f"{num} an epoch of {config.batch_size} images"
     text += f", {config.batch_size // processes} for each of {processes} processes" if processes > 1 else ""
@@ -438,10 +427,10 @@ def steps(dataset: "Dataset", config: "TrainConfig", processes: int) -> Finding:
 class Trial:
     """Steps that one process made on noise."""
 
-    setup: "Setup"
+    training: "Training"
     part: "Plan"  # the most of the process's batch that a step took; all where STEP_S sufficed
     images_per_s: float
-    held: float  # bytes that the graph of one image holds; on a GPU 0, where `setup.plan` knows
+    held: float  # bytes that the graph of one image holds; on a GPU 0, where `training.plan` knows
 
 
 def try_step(config: "TrainConfig") -> Trial:
@@ -451,30 +440,30 @@ def try_step(config: "TrainConfig") -> Trial:
     from train import build_accelerator, build_training
 
     accelerator = build_accelerator(config)
-    setup = build_training(config, accelerator)
+    training = build_training(config, accelerator)
     device = accelerator.device
 
     def noise(images: int) -> "torch.Tensor":
         shape = (2 * images, 3, config.views.size, config.views.size)
-        views = torch.randn(shape, dtype=torch.half if setup.half else torch.float, device=device)
+        views = torch.randn(shape, dtype=torch.half if training.half else torch.float, device=device)
         return views.contiguous(memory_format=torch.channels_last)
 
     def seconds(part: "Plan") -> float:
         views = noise(part.micro_batch)
         wait_for(device)
         start = time.perf_counter()
-        step_of(setup, part, itertools.repeat(views, part.count))
+        training.step(itertools.repeat(views, part.count), 0.0, part)  # at learning rate 0 the weights stay
         wait_for(device)
         return time.perf_counter() - start
 
-    held = graph_bytes(setup.model, noise(2)) - graph_bytes(setup.model, noise(1)) if device.type == "cpu" else 0
+    held = graph_bytes(training.model, noise(2)) - graph_bytes(training.model, noise(1)) if device.type == "cpu" else 0
     start = time.perf_counter()
-    for part in parts_of(setup.plan):
+    for part in parts_of(training.plan):
         crowded = 2 * part.micro_batch * (1 + BACKWARD) * held > available_memory() / 4  # the next part would be
         took = min(seconds(part), seconds(part))  # in the first run of a size the libraries prepare themselves
         if crowded or time.perf_counter() - start > STEP_S:
             break
-    return Trial(setup, part, part.micro_batch * part.count / took, held)
+    return Trial(training, part, part.micro_batch * part.count / took, held)
 
 
 def graph_bytes(model: "torch.nn.Module", views: "torch.Tensor") -> int:
@@ -492,22 +481,6 @@ def graph_bytes(model: "torch.nn.Module", views: "torch.Tensor") -> int:
         z = model(views)  # holds the graph, so that no place in memory is used twice
     del z
     return sum(kept.values())
-
-
-def step_of(setup: "Setup", part: "Plan", micro_batches: "Iterable[torch.Tensor]") -> None:
-    """train.py's step, which at learning rate 0 leaves the weights as they are."""
-    from train import train_step
-
-    train_step(
-        setup.model,
-        setup.optimizer,
-        micro_batches,
-        setup.loss_of,
-        0.0,
-        count=part.count,
-        keep=part.keep,
-        offload=part.offload,
-    )
 
 
 def parts_of(plan: "Plan") -> Iterator["Plan"]:
@@ -532,7 +505,7 @@ def memory(trial: Trial, processes: int, device: "torch.device") -> Finding:
     """The batch fits: on a GPU as train.py would plan it there, on a CPU by what a part of it took."""
     from model.large_batch import divisors
 
-    plan = trial.setup.plan
+    plan = trial.training.plan
     images = plan.micro_batch * plan.count
     if device.type == "cuda":
         text = f"{images} images per process" + (f" in {plan.count} micro-batches" if plan.count > 1 else " at once")
@@ -554,8 +527,8 @@ def checkpoints(trial: Trial, config: "TrainConfig", out: Path) -> Finding:
     """Room on the disk for the checkpoints that are kept and the one being written, in a folder that may be written."""
     from torch import Tensor
 
-    state = [value for values in trial.setup.optimizer.state.values() for value in values.values()]
-    tensors = [*trial.setup.network.state_dict().values(), *(value for value in state if isinstance(value, Tensor))]
+    state = [value for values in trial.training.optimizer.state.values() for value in values.values()]
+    tensors = [*trial.training.network.state_dict().values(), *(value for value in state if isinstance(value, Tensor))]
     size = sum(tensor.nbytes for tensor in tensors)
     needs = (config.keep + 1) * size
     folder = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
@@ -580,27 +553,17 @@ class Pace:
 
 def measure(trial: Trial, dataset: "Dataset", config: "TrainConfig", processes: int, device: "torch.device") -> Pace:
     """Load as one of `processes` does, and then train on it. `config` is the run's, its num_threads a process's."""
-    from pipeline.loader import Loader
+    from train import build_loader
 
-    part, setup = trial.part, trial.setup
+    part, training = trial.part, trial.training
     n = part.micro_batch * part.count
-    loader = Loader(
-        dataset,
-        config.views,
-        n * processes,
-        device,
-        world_size=processes,
-        seed=config.seed,
-        num_threads=config.num_threads,
-        half=setup.half,
-        micro_batch=part.micro_batch,
-        second_views=config.second_views,
-    )
+    changed = replace(config, batch_size=n * processes, micro_batch=part.micro_batch)
+    loader = build_loader(changed, dataset, device, world_size=processes, half=training.half)
     for _ in range(4):  # until nothing is left that was made while nobody asked
         next(loader)
     alone, _ = rate(lambda: next(loader), part.micro_batch, LOADER_S, loader, device)
     together, wait = rate(
-        lambda: step_of(setup, part, (next(loader).views for _ in range(part.count))), n, TOGETHER_S, loader, device
+        lambda: training.step((next(loader).views for _ in range(part.count)), 0.0, part), n, TOGETHER_S, loader, device
     )
     return Pace(alone, together, wait)
 
@@ -613,7 +576,7 @@ def speed(pace: Pace, trial: Trial, dataset: "Dataset", config: "TrainConfig", p
     together, loader, network = (
         digits(processes * each) for each in (pace.together, pace.loader_alone, trial.images_per_s)
     )
-    part, whole = (plan.micro_batch * plan.count for plan in (trial.part, trial.setup.plan))
+    part, whole = (plan.micro_batch * plan.count for plan in (trial.part, trial.training.plan))
     text = "at most" if part < whole else "about"
     text += (
         f" {span(num * step_s)} an epoch, {span(total * step_s)} for all {total} steps: {together} images/s, "
@@ -677,7 +640,8 @@ def examine(
 
     from pipeline.shards import read_dataset
     from pipeline.store import is_remote
-    from train import TrainConfig, share_of_cores
+    from pipeline.workers import share_of_cores
+    from train import TrainConfig
 
     fits = told(cuda, versions, torch.version.cuda)
     yield "CUDA", fits
@@ -761,7 +725,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Check the machine, the data and a run before it starts. Exit code 1 where there is a fault."""
-    from tools import one_message
+    from tools.errors import one_message
 
     with one_message("doctor"):
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -793,11 +757,12 @@ def doctor(
 def _config(recipe: str, data: str, eval_data: str, options: list[str]) -> "TrainConfig":
     """What train.py would run for these options, by its own parser."""
     import train
+    from tools.command import resolve
 
     folders = [each for name, path in (("--data", data), ("--eval-data", eval_data)) if path for each in (name, path)]
     context: Any = typer.main.get_command(train.app).make_context("train.py", [recipe, *folders, *options])
     given = {name: value for name, value in context.params.items() if name not in ("out", "resume", "config")}
-    return train.resolve(context, **given)[0]
+    return resolve(train.RECIPES, context, **given)[0]
 
 
 if __name__ == "__main__":

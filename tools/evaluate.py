@@ -89,7 +89,7 @@ def session(
     from model.checkpoint import load_encoder, weights_file
     from pipeline.shards import read_dataset
     from pipeline.views import make_views, parse_changes
-    from tools import training_of
+    from tools.runs import training_of
 
     file = weights_file(encoder)
     network = load_encoder(file)
@@ -145,7 +145,7 @@ def evaluation(protocol: Callable[..., None]) -> Callable[..., None]:
     shared = list(inspect.signature(session).parameters.values())[2:]
 
     def command(encoder: EncoderPath, train: Train, test: Test, **given: Any) -> None:
-        from tools import one_message
+        from tools.errors import one_message
 
         options = {each.name: given.pop(each.name) for each in own}
         with one_message("evaluate"), session(encoder, [train, test], **given) as on:
@@ -345,7 +345,7 @@ def embed(
     precision: Precision = "auto",
 ) -> None:
     """Write features (N, F), labels (N,) if there are any, and keys (N, L), ASCII padded with zeros, to OUT."""
-    from tools import one_message
+    from tools.errors import one_message
 
     with one_message("evaluate"):
         check_new(out, ".npz", ".safetensors")
@@ -396,7 +396,7 @@ def page(
     precision: Precision = "auto",
 ) -> None:
     """Write one HTML file: a map of the embeddings, nearest neighbours, curves of training and fine-tuning, views."""
-    from tools import one_message
+    from tools.errors import one_message
 
     with one_message("evaluate"):
         check_new(out, ".html")
@@ -522,6 +522,8 @@ class Session:
                     found, labels = features(self.network, shown, self.device)
             else:
                 found, labels = features(self.network, batches, self.device)
+        from train import gathered
+
         return gathered(self.accelerator, found), gathered(self.accelerator, labels)
 
     def accuracy(self, scored: "Iterator[tuple[Tensor, Tensor]] | Sequence[tuple[Tensor, Tensor]]") -> dict[str, float]:
@@ -653,18 +655,6 @@ def last(curve: list[dict[str, Any]]) -> dict[str, float]:
     return {name: curve[-1][name] for name in ("top1", "top5")}
 
 
-def gathered(accelerator: "Accelerator", rows: "Tensor") -> "Tensor":
-    """The rows (m, ...) of every process, in the order of the ranks, on the CPU of each."""
-    import torch
-
-    if accelerator.num_processes == 1:
-        return rows
-    counts = accelerator.gather(torch.tensor([len(rows)], device=accelerator.device)).tolist()
-    padded = accelerator.pad_across_processes(rows.to(accelerator.device))
-    parts = accelerator.gather(padded).cpu().split(max(counts))
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
-
-
 def fresh(network: "Encoder", seed: int) -> "Encoder":
     """The same architecture with new weights."""
     import torch
@@ -681,7 +671,7 @@ def fresh(network: "Encoder", seed: int) -> "Encoder":
 def head_of(weights: Path, layers: int) -> "list[nn.Module]":
     """The first layers of the projection head that an encoder was trained with. Raises ValueError if it has fewer."""
     from model.checkpoint import load_head
-    from tools import head_file
+    from tools.runs import head_file
 
     if not layers:
         return []

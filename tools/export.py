@@ -40,7 +40,7 @@ def export(
     ] = None,
 ) -> None:
     """Write an encoder, its configuration for timm, and its model card to a new folder."""
-    from tools import one_message
+    from tools.errors import one_message
 
     with one_message("export"):
         import torch
@@ -49,7 +49,7 @@ def export(
         from model.run_folder import write_text
         from pipeline.views import make_views, parse_changes
         from pipeline.write import publish
-        from tools import head_file, training_of
+        from tools.runs import head_file, training_of
 
         file = weights_file(encoder)
         network = load_encoder(file)

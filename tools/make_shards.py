@@ -72,7 +72,7 @@ def makes_shards(find: "Callable[..., Source]") -> Callable[..., None]:
     parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in (*own.values(), *shared)]
 
     def command(**given: Any) -> None:
-        from tools import one_message
+        from tools.errors import one_message
 
         with one_message("make_shards"):
             try:
@@ -269,7 +269,7 @@ def index(
     first dot of the file name. What is left out and passed over is listed in OUT/actions.jsonl. The tars must stay
     where they are, or move together with OUT where both lie in one folder; a tar of another size is refused.
     """
-    from tools import one_message
+    from tools.errors import one_message
 
     with one_message("make_shards"):
         from pipeline.index import index_tars
@@ -298,7 +298,7 @@ def demo(
     out: Out, shard_size: ShardSize = None, seed: Seed = 0, workers: Workers = None, verify: Verify = True
 ) -> None:
     """Shards of the built-in demo data, in OUT/train and OUT/test; needs no download."""
-    from tools import one_message
+    from tools.errors import one_message
 
     with one_message("make_shards"):
         from pipeline.demo import write_demo
@@ -323,7 +323,7 @@ def verify(
 
     Every fault is printed with its shard and key. Exit code 0: none; 1: some; 2: there is no manifest to go by.
     """
-    from tools import one_message
+    from tools.errors import one_message
 
     with one_message("make_shards"):
         from dataclasses import asdict
@@ -363,7 +363,7 @@ def quarantine(
     New indexes are written beside the old ones and dataset.json is replaced. To undo every quarantine, put
     dataset.json.original back in its place. A run that has begun does not resume on the changed data set.
     """
-    from tools import one_message
+    from tools.errors import one_message
 
     with one_message("make_shards"):
         from pipeline.audit import quarantine

@@ -151,7 +151,7 @@ def to_bytes(pixels: "Tensor") -> NDArray[np.uint8]:
 def views_grid(weights: Path, dataset: "Dataset", seed: int) -> NDArray[np.uint8] | None:
     """Pixels (H, W, 3) of the data set's first images beside views as in the training of `weights`; None if unknown."""
     from pipeline.views import make_views
-    from tools import training_of
+    from tools.runs import training_of
     from tools.show_views import grid
 
     config = training_of(weights)[1].get("config", {})

@@ -1,0 +1,164 @@
+"""train.py's command line: a recipe, options over it, and a TOML file of options between the two."""
+
+import functools
+import inspect
+import os
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+import typer
+
+from model.run_folder import Preempted
+from pipeline.views import VIEWS, make_views, parse_changes
+from tools.errors import one_message
+from tools.options import options_of
+
+VIEW_TABLES = ("views", "second_views")  # fields of the config and tables of a file, changed by --view, --second-view
+Config = TypeVar("Config")
+
+
+class RunError(ValueError):
+    """The caller's options, data or run folder cannot be used; the message says what to do."""
+
+
+def train_command(config_class: type, recipes: Mapping[str, Any], train: Callable[..., None]) -> typer.Typer:
+    """The command with an option for each of the config's; it calls train(config, recipe=, out=, resume=, origin=)."""
+
+    def config_file(ctx: typer.Context, path: Path | None) -> Path | None:
+        if path:
+            ctx.default_map, ctx.obj = read_file(path, config_class)
+        return path
+
+    def command(
+        ctx: typer.Context,
+        recipe: Annotated[str, typer.Argument(help=f"One of {', '.join(recipes)}.")],
+        out: Annotated[Path | None, typer.Option(help="Run folder. (default: the next free runs/RECIPE)")] = None,
+        resume: Annotated[
+            bool, typer.Option(help="Go on from the newest checkpoint in --out, if there is one.")
+        ] = False,
+        config: Annotated[  # noqa: ARG001  its callback has done the work
+            Path | None,
+            typer.Option(help="TOML file of options and \\[views] tables.", is_eager=True, callback=config_file),
+        ] = None,
+        views: Annotated[str | None, typer.Option(help=f"Views other than the recipe's: {', '.join(VIEWS)}.")] = None,
+        view: Annotated[
+            list[str] | None, typer.Option(help="Change one view option, such as size=96. Repeatable.")
+        ] = None,
+        second_view: Annotated[
+            list[str] | None, typer.Option(help="Change one option of each image's second view alone. Repeatable.")
+        ] = None,
+        **options: Any,
+    ) -> None:
+        """Train an encoder with SimCLR. A recipe gives every value; a file and then options change them."""
+        from torch import OutOfMemoryError
+
+        rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        with one_message(f"{rank}train"):
+            try:
+                resolved, origin = resolve(recipes, ctx, recipe, views, view, second_view, **options)
+                train(resolved, recipe=recipe, out=out, resume=resume, origin=origin)
+            except Preempted as error:
+                typer.echo(f"{rank}{error}", err=True)
+                raise typer.Exit(3) from error
+            except OutOfMemoryError as error:
+                typer.echo(f"{rank}train: {error} Give a smaller --micro-batch or --keep-graphs.", err=True)
+                raise typer.Exit(1) from error
+
+    app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
+    app.command()(with_options(command, config_class))
+    return app
+
+
+def resolve(
+    recipes: Mapping[str, Config],
+    ctx: typer.Context,
+    recipe: str,
+    views: str | None,
+    view: Sequence[str] | None,
+    second_view: Sequence[str] | None,
+    **options: Any,
+) -> tuple[Config, dict[str, str]]:
+    """What a parsed command line asks for, and where each value came from that is not the recipe's."""
+    base: Any = recipes.get(recipe)
+    origin: dict[str, str] = {}
+    if base is None:
+        raise RunError(f"unknown recipe {recipe!r}; choose one of {', '.join(recipes)}")
+    for name in options:
+        source = ctx.get_parameter_source(name)
+        if source is not None and options[name] is not None:
+            origin[name] = "file" if source.name == "DEFAULT_MAP" else "command line"
+    tables = ctx.obj or {name: {} for name in VIEW_TABLES}
+    preset = views or tables["views"].pop("preset", None)
+    for name, texts in zip(VIEW_TABLES, (view, second_view), strict=True):
+        changes = parse_changes(texts or [])
+        origin |= {f"{name}.{key}": "file" for key in tables[name]}
+        origin |= {f"{name}.{key}": "command line" for key in changes}
+        tables[name] = tables[name] | changes
+    made = make_views(preset or base.views, tables["views"])
+    second = make_views(made, tables["second_views"]) if tables["second_views"] else None
+    chosen = {name: value for name, value in options.items() if value is not None}
+    return replace(base, views=made, second_views=second, **chosen), origin
+
+
+def with_options(command: Callable[..., None], config: type) -> Callable[..., None]:
+    """`command` with an option for each of the dataclass's, None where it is not given, in place of its **options."""
+    hints = get_type_hints(config)
+    signature = inspect.signature(command)
+    params = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    params = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in params]
+    for name, limits in options_of(config).items():
+        kind: Any = Annotated[hints[name] | None, typer.Option(help=limits.help)]
+        params.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
+
+    @functools.wraps(command)
+    def wrapped(**given: Any) -> None:
+        command(**given)
+
+    wrapped.__signature__ = signature.replace(parameters=params)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {p.name: p.annotation for p in params}
+    return wrapped
+
+
+def read_file(path: Path, config: type) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Options and tables of a TOML file. Raises typer.BadParameter naming the file and what it must not hold."""
+    try:
+        values = tomllib.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise typer.BadParameter(f"{path} cannot be read: {error}") from error
+    found = {name: values.pop(name, {}) for name in VIEW_TABLES}
+    for name, table in found.items():
+        if not isinstance(table, dict):
+            raise typer.BadParameter(
+                f"{path}: {name}: expected a table, got {table!r}; write [{name}]"
+                + (f' preset = "{table}"' if name == "views" else " and its options, a line each")
+            )
+    preset = found["views"].get("preset", "imagenet")
+    if not isinstance(preset, str) or preset not in VIEWS:
+        raise typer.BadParameter(f"{path}: [views] preset: expected one of {', '.join(VIEWS)}, got {preset!r}")
+    known, kinds = options_of(config), get_type_hints(config)
+    if unknown := sorted(values.keys() - known):
+        raise typer.BadParameter(
+            f"{path}: unknown key {', '.join(unknown)}; known: {', '.join(sorted(known))}, "
+            + ", ".join(f"[{name}]" for name in VIEW_TABLES)
+        )
+    for name, value in values.items():
+        if isinstance(value, bool) and kinds[name] is not bool:  # Python would take it for 0 or 1
+            raise typer.BadParameter(f"{path}: {name}: expected a number or text, got {str(value).lower()}")
+        if isinstance(value, str) and "\0" in value:
+            raise typer.BadParameter(f"{path}: {name}: expected text without a null character, got {value!r}")
+    return values, found
+
+
+def answer_help_and_mistakes(app: typer.Typer) -> None:
+    """End the program where its arguments ask for help or cannot be parsed; for before slow imports."""
+    parsed: list[Any] = []
+    command = typer.main.get_command(app)
+    command.callback = lambda **given: parsed.append(given)
+    try:
+        command.main()
+    except SystemExit:
+        if not parsed:
+            raise

@@ -1,0 +1,31 @@
+"""How every program ends: one line and an exit code, 2 for what the caller can mend, 1 for what failed on the way."""
+
+import contextlib
+import errno
+from collections.abc import Iterator
+
+import typer
+
+# A path that cannot be used as it was given. What passes or needs room, such as a full disk, is none of the caller's.
+WRONG_PATH = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
+
+
+@contextlib.contextmanager
+def one_message(program: str) -> Iterator[None]:
+    """Turn an error into one line on stderr and an exit code: ValueError and wrong paths 2, failures 1.
+
+    What torch or Python itself raises as a RuntimeError keeps its traceback; a LoaderError or a killed worker needs
+    none.
+    """
+    try:
+        yield
+    except typer.Exit:  # a RuntimeError too
+        raise
+    except ValueError as error:
+        typer.echo(f"{program}: {error}", err=True)
+        raise typer.Exit(2) from error
+    except (OSError, RuntimeError, FloatingPointError) as error:
+        if isinstance(error, RuntimeError) and type(error).__module__.partition(".")[0] in ("builtins", "torch"):
+            raise
+        typer.echo(f"{program}: {error}", err=True)
+        raise typer.Exit(2 if isinstance(error, OSError) and error.errno in WRONG_PATH else 1) from error

@@ -1,0 +1,49 @@
+"""What a run says about itself, read back by the tools: how an encoder was trained, where its head lies."""
+
+from pathlib import Path
+from typing import Any
+
+
+def training_of(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a weights file of ours says about itself: (view options that prepare an image for it, how it was trained).
+
+    An exported encoder tells in its metadata, a checkpoint in its state.json; both are empty for a stranger's file.
+    """
+    from model.checkpoint import read_metadata, read_state
+    from train import MAY_CHANGE
+
+    state = file.with_name("state.json")
+    try:
+        if told := read_metadata(file):
+            interpolation = {"bilinear": "linear", "bicubic": "cubic"}[told["interpolation"]]
+            views = {"size": told["image_size"], "mean": told["mean"], "std": told["std"]}
+            return views | {"eval_crop": told["crop_pct"], "interpolation": interpolation}, dict(told["training"])
+        if file.name == "model.safetensors" and state.is_file():
+            saved = read_state(file.parent, {file.name})
+            extra = saved["extra"]
+            # what may change stays behind, such as the paths of this machine
+            config = {name: value for name, value in extra["config"].items() if name not in MAY_CHANGE}
+            views = {name: config["views"][name] for name in ("size", "mean", "std", "eval_crop", "interpolation")}
+            loader = extra["loader"] if "loader" in extra else extra["loaders"][0]  # earlier, one for each process
+            dataset = loader["identity"]["dataset"]
+            return views, {"recipe": extra["recipe"], "steps": saved["step"], "dataset": dataset, "config": config}
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{file}: what it says about its training is incomplete: {error!r}") from error
+    return {}, {}
+
+
+def head_file(weights: Path) -> Path:
+    """Where the projection head of an encoder lies: in its checkpoint, beside it, or in its run's newest checkpoint.
+
+    Raises ValueError if nowhere.
+    """
+    from model.checkpoint import latest
+
+    beside, checkpoints = weights.with_name("head.safetensors"), weights.parent.parent / "checkpoints"
+    if weights.with_name("state.json").is_file():
+        return weights
+    if beside.is_file():
+        return beside
+    if newest := latest(checkpoints):
+        return newest / "model.safetensors"
+    raise ValueError(f"the projection head of {weights} is missing: neither {beside} nor a checkpoint in {checkpoints}")
