@@ -17,7 +17,7 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from pipeline import sources
+from pipeline.entries import MAX_NUMBER
 from pipeline.images import BadImageError, Rules, ppm_shape, prepare
 from pipeline.shards import (
     BLOCK,
@@ -33,6 +33,8 @@ from pipeline.shards import (
     split_name,
     write_text,
 )
+from pipeline.sources_tars import TarError
+from pipeline.sources_tars import members as members_of_tar
 from pipeline.store import fetch, is_remote, opened
 from pipeline.workers import in_order
 
@@ -63,8 +65,8 @@ class _Tar:
     def scanned(self) -> dict[int, tuple[str, int]]:
         """{offset: (name, bytes)} of the members, up to the first damage: extended headers for long names are read."""
         found = {}
-        with contextlib.suppress(sources.TarError):
-            for name, offset, size, _ in sources.members(cast(BinaryIO, self.file), self.name):
+        with contextlib.suppress(TarError):
+            for name, offset, size, _ in members_of_tar(cast(BinaryIO, self.file), self.name):
                 found[offset] = name, size
         return found
 
@@ -179,7 +181,7 @@ def _labels(tar: str, lines: Iterable[str]) -> Iterator[int]:
     with open(tar, "rb") as file:
         for member in (member for line in lines for member in members(line) if member.extension == "cls"):
             file.seek(member.offset)
-            if (label := file.read(min(member.size, sources.MAX_LABEL)).strip()).isdigit():
+            if (label := file.read(min(member.size, MAX_NUMBER)).strip()).isdigit():
                 yield int(label)
 
 

@@ -1,9 +1,9 @@
 """Which bytes become a sample of a shard as they are, and how other images are turned into such bytes.
 
 As they are: JPEG, PNG and WebP of 8-bit RGB or gray, and PPM as `ppm` writes it. Any other kind of JPEG, PNG, WebP or
-PPM and the first frame of a GIF, BMP or TIFF can be converted: to 8-bit RGB (gray stays gray) by Pillow's `convert`,
-as torchvision and timm do when they load, so alpha is dropped, Adobe's inverted CMYK is understood and colour profiles
-are ignored; 16 bits keep the upper 8, where Pillow would clip gray. A JPEG becomes a JPEG, all else a PNG, which loses
+PPM and the first frame of the other FORMATS can be converted: to 8-bit RGB (gray stays gray) by Pillow's `convert`, as
+torchvision and timm do when they load, so alpha is dropped, Adobe's inverted CMYK is understood and colour profiles are
+ignored; 16 bits keep the upper 8, where Pillow would clip gray. A JPEG becomes a JPEG, all else a PNG, which loses
 nothing. EXIF orientation is never applied. Bytes that do not decode, or announce too many pixels, cannot be used.
 """
 
@@ -11,6 +11,7 @@ import io
 import re
 import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
@@ -21,7 +22,27 @@ Store = Literal["original", "ppm"]
 MAX_PIXELS = 64_000_000  # ImageNet's largest training image has 28.5 million
 PILLOW_MAX_PIXELS = 178_956_970  # above this Pillow refuses by itself
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a JPEG followed by others
-READABLE = ("JPEG", "PNG", "WEBP", "PPM", "GIF", "BMP", "TIFF")
+# Still images that Pillow decodes from their bytes alone, and the suffixes of their files. The suffix only says that a
+# file is an image; its bytes say which. The last are recognised by few bytes and therefore tried last.
+FORMATS = {
+    "JPEG": ".jpg .jpeg .jpe .jfif .mpo",
+    "PNG": ".png .apng",
+    "WEBP": ".webp",
+    "PPM": ".ppm .pgm .pbm .pnm .pfm",
+    "GIF": ".gif",
+    "BMP": ".bmp .dib",
+    "TIFF": ".tif .tiff",
+    "AVIF": ".avif .avifs",  # Pillow 11.3 or newer
+    "JPEG2000": ".jp2 .j2k .jpx .jpf .j2c .jpc",
+    "QOI": ".qoi",
+    "PSD": ".psd",
+    "DDS": ".dds",
+    "ICO": ".ico",
+    "SGI": ".sgi .rgb .rgba .bw",
+    "PCX": ".pcx",
+    "TGA": ".tga .icb .vda .vst",
+}
+SUFFIXES = frozenset(" ".join(FORMATS.values()).split())
 _PPM = re.compile(rb"P6\n([1-9][0-9]{0,8}) ([1-9][0-9]{0,8})\n255\n")
 
 
@@ -95,7 +116,7 @@ def prepare(image: bytes, rules: Rules) -> Prepared:
 
     try:
         # Warnings are of odd EXIF and the like: the pixels are what counts.
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(image), formats=READABLE) as picture:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(image), formats=_formats()) as picture:
             _check_pixels(*picture.size, rules)
             kind = None if shape else _odd_kind(picture, image)
             if kind and rules.on_bad != "reencode":
@@ -113,11 +134,20 @@ def prepare(image: bytes, rules: Rules) -> Prepared:
     except (BadImageError, MemoryError):
         raise
     except UnidentifiedImageError:
-        raise BadImageError("no image", f"none of {', '.join(READABLE)}; it starts with {image[:16]!r}") from None
+        raise BadImageError("no image", f"none of {', '.join(_formats())}; it starts with {image[:16]!r}") from None
     except Image.DecompressionBombError as error:
         raise BadImageError("too many pixels", str(error)) from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error ... for bad bytes
         raise BadImageError("does not decode", f"{type(error).__name__}: {error}") from error
+
+
+@lru_cache(maxsize=1)
+def _formats() -> tuple[str, ...]:
+    """Those of FORMATS that the Pillow installed here knows."""
+    from PIL import Image
+
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _check_pixels(width: int, height: int, rules: Rules) -> None:

@@ -2,7 +2,7 @@
 
 A data set is a folder. NAME-000000.tar ... hold KEY.cls (label, ASCII) and KEY.jpg, .png, .webp or .ppm (the original
 bytes wherever pipeline/images.py can keep them); beside each lies NAME-000000.tar.idx in DALI's v1.2 format.
-`dataset.json` is the manifest, `actions.jsonl` names each image left out or converted and why, `_info.json` (timm) and
+`dataset.json` is the manifest, `actions.jsonl` accounts for every entry of the source, `_info.json` (timm) and
 `sizes.json` (open_clip) let others read the shards. pipeline/write.py makes it, pipeline/audit.py looks for damage and
 leaves samples out later. The tars of other people may lie elsewhere: then the folder holds the manifest and the indexes
 alone, which pipeline/index.py makes.
@@ -13,8 +13,10 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
@@ -29,7 +31,7 @@ BLOCK = 512  # bytes: a tar consists of such; the header of a member is the one 
 SAFE = "".join(chr(code) for code in range(0x21, 0x7F) if chr(code) not in "%;")  # spelled as it is in an index
 MEMBER_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's own rule (tariterators.base_plus_ext)
 # Of a file that no second attempt would read; any other error may pass, and costs no image.
-NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG}
+NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO}
 
 
 class DatasetError(ValueError):
@@ -46,21 +48,21 @@ class Sample:
     file: str | None = None  # the file to read, relative to the source's root; None: `name`
     offset: int = 0  # bytes from the start of the file
     size: int = -1  # bytes; -1: to the end of the file
-    fault: str = ""  # why there is nothing to read, where its source knows already: it is left out for that
 
     def read(self, root: Path) -> bytes:
         """The encoded image.
 
-        Raises BadImageError ("unreadable") where it is not there: no such file, no permission, or a file that ends
-        before the image does. Raises OSError naming the file where reading fails otherwise: the image may be sound.
+        Raises BadImageError ("unreadable") where it is not there: no such file, no permission, no regular file, or a
+        file that ends before the image does. Raises OSError naming the file where reading fails otherwise: the image
+        may be sound.
         """
-        if self.fault:
-            raise BadImageError("unreadable", self.fault)
         if self.data is not None:
             return self.data
         path = root / (self.file or self.name)
         try:
-            with open(path, "rb") as file:
+            with open(path, "rb", opener=_without_waiting) as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise BadImageError("unreadable", "it is no regular file")
                 file.seek(self.offset)
                 data = file.read(self.size)
         except OSError as error:
@@ -71,6 +73,11 @@ class Sample:
         if len(data) < self.size:
             raise BadImageError("unreadable", f"{len(data)} of {self.size} bytes are there")
         return data
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Open a file; a FIFO would keep us until somebody writes to it."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +107,8 @@ class Dataset:
     classes: tuple[str, ...] | None  # class names, index = label; None: no labels
     extensions: tuple[str, ...]  # of the images present, sorted: "jpg", "png", "ppm", "webp"
     options: dict[str, Any]  # seed, shard_size and the rules for images
-    # when written: kept {extension: n}, reencoded, left_out {reason: n}; now: per_class [n] or None, quarantined [key]
+    # when written: kept {extension: n}, reencoded, left_out, passed_over {reason: n}, damaged_tars n
+    # now: per_class [n] or None, quarantined [key]
     counts: dict[str, Any]
     shards: tuple[Shard, ...]
     raw: tuple[int, int] | None = None  # (height, width) if every image is a PPM of this size: no decoder is needed
@@ -152,6 +160,26 @@ class Dataset:
     def index_contents(self, shards: Sequence[int]) -> list[bytes]:
         """The indexes of these shards, by their numbers. Raises OSError."""
         return fetch([self.index(self.shards[shard]) for shard in shards])
+
+
+def label_difference(first: Dataset, second: Dataset) -> str:
+    """Why the labels of one data set mean nothing in the other, or "" where they mean the same."""
+    for dataset in (first, second):
+        if dataset.classes is None:
+            return f"{dataset.address} has no labels"
+    ours, theirs = first.classes or (), second.classes or ()
+    for label, (one, other) in enumerate(zip_longest(ours, theirs)):
+        if one != other:
+            names = " and ".join("no class" if name is None else repr(name) for name in (one, other))
+            return (
+                f"{len(ours)} classes in {first.address} and {len(theirs)} in {second.address}; label {label} is "
+                f"{names}, in this order"
+            )
+    return ""
+
+
+# What to do about it; classes come from folders, lists and tars alike.
+LABEL_BOTH = "make both from the same class folders, empty ones included, or with one list of classes (--classes)"
 
 
 def manifest(dataset: Dataset) -> str:

@@ -23,6 +23,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pipeline.entries import Tally, actions_text
 from pipeline.images import MAX_PIXELS, BadImageError, OnBad, Prepared, Rules, Store, ppm_shape, prepare
 from pipeline.shards import (
     BLOCK,
@@ -61,6 +62,7 @@ def write_shards(
     verify: bool = True,
     max_pixels: int = MAX_PIXELS,
     convert: Callable[[bytes], bytes] | None = None,
+    tally: Tally | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Dataset:
     """Write `samples`, shuffled by `seed`, as the data set `out`, which must not exist or be an empty folder.
@@ -71,11 +73,13 @@ def write_shards(
     workers     processes. 1 works in this process; more need the `if __name__ == "__main__":` of multiprocessing.
     on_bad, store, resize, quality, verify, max_pixels: the rules for images, see `pipeline.images.Rules`.
     convert     makes an image of what a sample reads, such as raw pixels; a function that can be pickled.
+    tally       the other entries of the source, of which there is no sample.
     progress    called as progress(images done, images in all) after each shard.
-    Images that cannot be used are left out; they and the converted ones are listed in `actions.jsonl`, and all are
-    counted in `Dataset.counts`. Where an earlier call with the same samples (files of the same size and time) and
-    options was interrupted, its finished shards are used. Raises DatasetError for the caller's input, ValueError for
-    rules that make no sense, OSError when reading the disk or writing to it fails: no image is left out for that.
+    Images that cannot be used are left out; they and the converted ones are listed in `actions.jsonl`, and all entries
+    are counted there and in `Dataset.counts`. Where an earlier call with the same samples (files of the same size and
+    time) and options was interrupted, its finished shards are used. Raises DatasetError for the caller's input,
+    ValueError for rules that make no sense, OSError when reading the disk or writing to it fails: no image is left out
+    for that.
     """
     rules = Rules(on_bad=on_bad, store=store, resize=resize, quality=quality, verify=verify, max_pixels=max_pixels)
     size = shard_size if shard_size is not None else min(1000, -(-len(samples) // 16))
@@ -91,7 +95,7 @@ def write_shards(
         (f"{i:06d}.part", start, [samples[j] for j in order[start:stop]])
         for i, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False))
     )
-    with publish(out, keep=JOURNAL) as folder:
+    with publish(out, keep=JOURNAL) as folder, names_full_disk(folder):
         job = {
             **options,
             "name": name,
@@ -122,17 +126,25 @@ def write_shards(
         except DatasetError:
             (folder / JOURNAL).unlink(missing_ok=True)  # what is finished helps no call that could succeed
             raise
-        _write_manifest(folder, name, classes, options, parts)
+        _write_manifest(folder, name, classes, options, parts, tally or Tally())
     return read_dataset(out)
 
 
 def _write_manifest(
-    folder: Path, name: str, classes: Sequence[str] | None, options: dict[str, Any], parts: Sequence["_Part"]
+    folder: Path,
+    name: str,
+    classes: Sequence[str] | None,
+    options: dict[str, Any],
+    parts: Sequence["_Part"],
+    tally: Tally,
 ) -> None:
     """Join the parts: dataset.json, and what others read."""
     shards = [part.shard for part in parts if part.shard]
     shapes = {part.raw for part in parts if part.shard}
     per_label = _total(parts, "per_label")
+    counts = {action: _total(parts, action) for action in ("kept", "reencoded", "left_out")}
+    counts["left_out"] = dict(sorted((Counter(counts["left_out"]) + Counter(tally.reasons())).items()))
+    counts["passed_over"] = dict(sorted(tally.passed_over.items()))
     dataset = Dataset(
         root=folder,
         name=name,
@@ -141,7 +153,8 @@ def _write_manifest(
         extensions=tuple(_total(parts, "stored")),
         options=options,
         counts={
-            **{action: _total(parts, action) for action in ("kept", "reencoded", "left_out")},
+            **counts,
+            "damaged_tars": len(tally.lost),
             "per_class": None if classes is None else [per_label.get(str(label), 0) for label in range(len(classes))],
         },
         shards=tuple(shards),
@@ -149,11 +162,23 @@ def _write_manifest(
     )
     files, lengths = [shard.file for shard in shards], [shard.samples for shard in shards]
     split = {"name": name, "num_samples": sum(lengths), "filenames": files, "shard_lengths": lengths}
-    if actions := [f"{json.dumps(each)}\n" for part in parts for each in part.actions]:
-        write_text(folder / "actions.jsonl", "".join(actions))
+    actions = [*(action for part in parts for action in part.actions), *tally.actions()]
+    write_text(folder / "actions.jsonl", actions_text(actions, counts, len(tally.lost)))
     write_text(folder / "_info.json", json.dumps({"splits": {name: split}}, indent=1))
     write_text(folder / "sizes.json", json.dumps(dict(zip(files, lengths, strict=True)), indent=1))
     write_text(folder / "dataset.json", manifest(dataset))
+
+
+@contextlib.contextmanager
+def names_full_disk(folder: Path) -> Iterator[None]:
+    """Give an error of writing, which Python raises without a path, that of the folder, and say what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        hint = f"{error.strerror}; make room there, and the same command goes on"
+        raise OSError(error.errno, hint, str(folder)) from error
 
 
 @contextlib.contextmanager
@@ -267,7 +292,7 @@ def _identity(samples: Sequence[Sample], root: Path) -> str:
     digest = hashlib.sha256()
     for sample in samples:
         content = state(sample.file or sample.name) if sample.data is None else hashlib.sha256(sample.data).digest()
-        identity = (sample.name, sample.label, sample.file, sample.offset, sample.size, sample.fault, content)
+        identity = (sample.name, sample.label, sample.file, sample.offset, sample.size, content)
         digest.update(repr(identity).encode())
     return digest.hexdigest()
 
@@ -411,8 +436,6 @@ def _check_options(
     if size < 1 or workers < 1:
         raise DatasetError(f"shard_size and workers must be at least 1, not {size} and {workers}")
     for sample in samples:
-        if sample.fault:  # will be left out, so its label may be what is wrong with it
-            continue
         if (sample.label is not None) if classes is None else sample.label not in range(len(classes)):
             expected = "no label" if classes is None else f"a label from 0 to {len(classes) - 1}"
             raise DatasetError(f"{sample.name!r} has label {sample.label!r}, expected {expected}")

@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 from pipeline.audit import Fault, quarantine, verify
 from pipeline.images import ppm
-from pipeline.index import KINDS, META, index_tars
+from pipeline.index import KINDS, index_tars
 from pipeline.loader import build_eval_loader
 from pipeline.shards import (
     Dataset,
@@ -30,6 +30,7 @@ from pipeline.shards import (
     read_dataset,
     split_name,
 )
+from pipeline.sources_tars import META
 from pipeline.views import ViewConfig
 from tests.test_shards import dali_reader, picture
 from tests.test_sources import Entry, make_tar, special
@@ -83,7 +84,7 @@ def state(folder: Path) -> dict[str, tuple[bytes, int]]:
     return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
-def actions(dataset: Dataset) -> list[dict[str, str]]:
+def actions(dataset: Dataset) -> list[dict[str, Any]]:
     path = dataset.root / "actions.jsonl"
     return [json.loads(line) for line in path.read_text("ascii").splitlines()] if path.exists() else []
 
@@ -208,7 +209,7 @@ def test_dali_reads_the_same_bytes(tmp_path: Path) -> None:
         for image, label in (pipeline.run() for _ in range(3))
     }
     assert got == {i: picture(i) for i in (0, 2, 4)}
-    assert dataset.counts["left_out"] == {"no image": 3}
+    assert dataset.counts["passed_over"] == {"label": 3, "label without an image": 3, "odd suffix": 3}
 
 
 def test_names_are_split_as_webdataset_splits_them() -> None:
@@ -288,7 +289,13 @@ def test_arguments_keep_their_order_and_name_each_tar_once(tmp_path: Path) -> No
         make_tar(tmp_path / name, entries(1))
     dataset = index_tars([tmp_path / "b", tmp_path / "a/*.tar"], tmp_path / "set")
     assert [shard.file for shard in dataset.shards] == ["b/1.tar", "b/2.tar", "a/3.tar"]
-    assert sorted(state(dataset.root)) == ["a/3.tar.idx", "b/1.tar.idx", "b/2.tar.idx", "dataset.json"]
+    assert sorted(state(dataset.root)) == [
+        "a/3.tar.idx",
+        "actions.jsonl",
+        "b/1.tar.idx",
+        "b/2.tar.idx",
+        "dataset.json",
+    ]
     for tars, message in (
         ([tmp_path / "b", tmp_path / "b/1.tar"], "b/1.tar is named twice"),
         ([tmp_path], "holds no .*expected a tar"),
@@ -340,27 +347,35 @@ def test_every_member_is_accounted_for(tmp_path: Path) -> None:
     make_tar(tmp_path / "other.tar", [*found, ("good.cls", b"9"), ("good.jpg", picture(9)), ("README", b"")])
     dataset = index_tars([tmp_path / "*.tar"], tmp_path / "set")
     assert [key for key, *_ in read(dataset)] == ["0000", "0001", "0002", "good"]
-    left_out = {
-        each["path"]: (each["reason"], each["detail"]) for each in actions(dataset) if each["action"] == "left out"
-    }
-    assert {path: reason for path, (reason, _) in left_out.items()} == {
-        "half.tar/the rest": "damaged tar",
+    left_out = {each["path"]: each["reason"] for each in actions(dataset) if each["action"] == "left out"}
+    assert left_out == {
+        "half.tar/0003.jpg": "cut off",
         "other.tar/empty.jpg": "empty",
         "other.tar/link.jpg": "a symbolic link",
-        "other.tar/text": "no image",
-        "other.tar/bare": "no label",
+        "other.tar/bare.jpg": "no label",
         "other.tar/alone.png": "a hard link",
-        "other.tar/moving": "no image",
-        "other.tar/twice": "member twice",
+        "other.tar/moving.gif": "not decoded by DALI",
+        "other.tar/twice.jpg": "member twice",
+        "other.tar/twice.JPG": "member twice",
     }
-    assert "cut off within '0003.jpg'" in left_out["half.tar/the rest"][1]
-    assert left_out["other.tar/moving"][1] == "its members are gif, cls"
-    assert dataset.counts["left_out"] | {"no image": 2, "no label": 1, "damaged tar": 1} == dataset.counts["left_out"]
-    assert dataset.counts["passed_over"] == {"cls": 1, "gif": 1, "json": 2, "no key": 1, "txt": 1}
+    (lost,) = (each for each in actions(dataset) if each["action"] == "lost")
+    assert (lost["path"], "cut off within '0003.jpg'" in lost["detail"]) == ("half.tar", True)
+    passed_over = {".json": 1, ".txt": 1, "a FIFO": 1, "label": 7, "label without an image": 2, "no suffix": 1}
+    assert dataset.counts["passed_over"] == passed_over
+    total = actions(dataset)[-1]
+    assert total == {
+        "action": "total",
+        "entries": 7 + 18,
+        "kept": 4,
+        "reencoded": 0,
+        "left_out": 8,
+        "passed_over": 13,
+        "damaged_tars": 1,
+    }
     assert dataset.counts["kept"] == {"jpg": 4}
     assert dataset.counts["per_class"] == [1, 1, 1, 0, 0, 0, 0, 0, 0, 1]
     passed = {each["reason"]: each for each in actions(dataset) if each["action"] == "passed over"}
-    assert passed["txt"] | {"path": "other.tar/text.txt", "detail": "1 members of other.tar"} == passed["txt"]
+    assert passed[".txt"] | {"count": 1, "paths": ["other.tar/text.txt"]} == passed[".txt"]
     assert dataset.options | {"indexed_in_place": True, "max_pixels": 64_000_000} == dataset.options
     assert {shard.sha256 for shard in dataset.shards} == {""}
     assert not dataset.raw
@@ -374,21 +389,32 @@ def test_several_images_of_a_sample_are_asked_about(tmp_path: Path) -> None:
         index_tars([tar], tmp_path / "set")
     dataset = index_tars([tar], tmp_path / "set", image_member=".Right.JPG")
     assert read(dataset) == [("k", None, picture(1))]
-    assert (dataset.extensions, dataset.counts["passed_over"]) == (("right.jpg",), {"jpg": 1, "json": 1})
+    assert (dataset.extensions, dataset.counts["passed_over"]) == (
+        ("right.jpg",),
+        {".json": 1, "other image of a sample": 1},
+    )
     tar = make_tar(tmp_path / "t.tar", [*found, ("k.jpg", picture(2)), ("k.png", picture(3, "PNG"))])
     with pytest.raises(DatasetError, match="has 2 images, jpg, png"):
         index_tars([tar], tmp_path / "again")
-    with pytest.raises(DatasetError, match=r"no sample .*no image: 1"):
+    with pytest.raises(DatasetError, match=r"no sample .*no member webp: 4"):
         index_tars([tar], tmp_path / "again", image_member="webp")
 
 
-@pytest.mark.parametrize("label", [b"cat", b"", b"1.0", b"-1", b"100000", "１".encode(), b"1" * 40])
+@pytest.mark.parametrize("label", [b"cat", b"", b"1.0", b"-1", b"100000", "１".encode(), b"1" * 40, b" " * 40 + b"1"])
 def test_a_label_that_is_no_number_is_named(tmp_path: Path, label: bytes) -> None:
+    """Names are refused, for training would not read them; what is no label leaves its sample out."""
     tar = make_tar(tmp_path / "t.tar", [*entries(1), ("k.jpg", picture(0)), ("k.cls", label)])
-    with pytest.raises(DatasetError, match=r"sample 'k' of t.tar has the label b'.*--no-labels"):
-        index_tars([tar], tmp_path / "set")
-    dataset = index_tars([tar], tmp_path / "set", labels=False)
-    assert (dataset.labelled, dataset.samples, dataset.counts["passed_over"]) == (False, 2, {"cls": 2})
+    if label in (b"cat", "１".encode()):
+        with pytest.raises(
+            DatasetError, match=r"label of 't.tar/k.jpg' is the name '.*command webdataset.*--no-labels"
+        ):
+            index_tars([tar], tmp_path / "set")
+    else:
+        dataset = index_tars([tar], tmp_path / "set")
+        assert (dataset.samples, dataset.counts["left_out"]) == (1, {"no label": 1})
+        assert "its label 'k.cls'" in actions(dataset)[0]["detail"]
+    dataset = index_tars([tar], tmp_path / "none", labels=False)
+    assert (dataset.labelled, dataset.samples, dataset.counts["passed_over"]) == (False, 2, {".cls": 2})
 
 
 def test_class_names_come_from_a_list_or_from_beside_the_tars(tmp_path: Path) -> None:
@@ -401,8 +427,9 @@ def test_class_names_come_from_a_list_or_from_beside_the_tars(tmp_path: Path) ->
     names.write_text("x\ny\nz\n")
     assert index_tars([tar], tmp_path / "c", class_list=names).classes == ("x", "y", "z")
     names.write_text("x\ny\n")
-    with pytest.raises(DatasetError, match=r"sample '0002' of t.tar has the label 2, and there are 2 classes"):
-        index_tars([tar], tmp_path / "d", class_list=names)
+    dataset = index_tars([tar], tmp_path / "d", class_list=names)
+    assert (dataset.samples, dataset.counts["left_out"]) == (2, {"label of no class": 1})
+    assert "its label is '2', and the 2 classes" in actions(dataset)[0]["detail"]
 
 
 def test_verify_hashes_tars_and_leaves_out_what_does_not_decode(tmp_path: Path) -> None:
@@ -411,7 +438,7 @@ def test_verify_hashes_tars_and_leaves_out_what_does_not_decode(tmp_path: Path) 
     tar = make_tar(tmp_path / "t.tar", found)
     checked = index_tars([tar], tmp_path / "checked", verify=True)
     assert checked.counts["left_out"] == {"does not decode": 1, "no image": 1}
-    assert [each["path"] for each in actions(checked)] == ["t.tar/bad.jpg", "t.tar/no.png"]
+    assert [each["path"] for each in actions(checked) if "path" in each] == ["t.tar/bad.jpg", "t.tar/no.png"]
     assert len(checked.shards[0].sha256) == 64
     assert verify(checked.root, images=True) == []
     content = bytearray(tar.read_bytes())
@@ -562,10 +589,9 @@ def test_the_command_reports_what_it_did(tmp_path: Path) -> None:
         0,
         [
             f"{tmp_path / 'set'}: 3 samples in 1 shards, 0.0 MiB",
-            f"left out 2 samples (no image: 2), see {tmp_path / 'set' / 'actions.jsonl'}",
-            "images: jpg: 3",
+            "8 entries: 3 kept (jpg: 3), 0 converted, 0 left out, 5 passed over (.json: 1, .txt: 1, label: 3)",
+            f"their names: {tmp_path / 'set' / 'actions.jsonl'}",
             "labels: of 3 classes",
-            "passed over other members (json: 1, txt: 1)",
         ],
     )
     none = command("index", tmp_path / "none.tar", tmp_path / "other", "--workers", 1)

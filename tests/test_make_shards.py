@@ -18,7 +18,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import pipeline.demo
-from pipeline import sources
+from pipeline import sources_originals
 from pipeline.shards import read_dataset
 from pipeline.write import write_shards
 from tests.test_shards import BAD, contents, picture, stored
@@ -127,9 +127,13 @@ def test_bad_files_are_summed_up_on_the_screen_and_listed_in_the_report(tmp_path
         (source / "b" / f"{name}.jpg").write_bytes(BAD["half a JPEG"][0] or b"")
     result = run("folder", source, tmp_path / "out")
     assert result.exit_code == 0, result.output
-    assert "left out 4 images (does not decode: 2, empty: 1, no image: 1)" in result.stdout
-    assert "no image is left of 1 classes: 'b'" in result.stderr
-    listed = [json.loads(line) for line in (tmp_path / "out" / "actions.jsonl").read_text().splitlines()]
+    assert (
+        "6 entries: 2 kept (jpg: 2), 0 converted, 4 left out (does not decode: 2, empty: 1, no image: 1)"
+        in result.stdout
+    )
+    assert "no image of 1 classes: 'b'" in result.stderr
+    *listed, total = [json.loads(line) for line in (tmp_path / "out" / "actions.jsonl").read_text().splitlines()]
+    assert total["entries"] == 6
     assert {each["path"] for each in listed} == {"a/empty.JPEG", "a/page.jpg", "b/1.jpg", "b/half.jpg"}
     assert read_dataset(tmp_path / "out").classes == ("a", "b")
 
@@ -167,8 +171,8 @@ def test_each_mistake_ends_in_one_line_that_names_it(tmp_path: Path) -> None:
     good = fill(tmp_path / "good", "1.jpg")
     assert re.search("missing is missing, expected a folder", refused("folder", tmp_path / "missing", out))
     assert re.search("1.jpg is a file, expected a folder", refused("folder", good / "1.jpg", out))
-    assert re.search("empty holds no image .* found nothing", refused("folder", empty, out))
-    assert re.search("texts holds no image .* 2 folders .* 1 other", refused("folder", texts, out))
+    assert re.search("empty holds no image .* nothing is there", refused("folder", empty, out))
+    assert re.search("texts holds no image .* .txt: 2, .csv: 1", refused("folder", texts, out))
     assert re.search("mixes images .'1.jpg'. with class folders .*'cats/2.jpg'", refused("folder", mixed, out))
     assert re.search("class folders without an image: 'dogs'", refused("folder", hole, out))
     assert re.search("none of the 1 images can be used .empty: 1.", refused("folder", bad, out))
@@ -245,7 +249,7 @@ def test_stl10_is_converted_by_the_workers(tmp_path: Path, monkeypatch: pytest.M
     """The unlabelled images, and the same bytes from one process as from two."""
     make_stl10(tmp_path / "root", monkeypatch)
     assert run("stl10", tmp_path / "root", tmp_path / "one").exit_code == 0
-    source = sources.stl10(tmp_path / "root", "unlabeled")
+    source = sources_originals.stl10(tmp_path / "root", "unlabeled")
     options = {"classes": None, "root": source.root, "name": source.name, "convert": source.convert}
     two = write_shards(source.samples, tmp_path / "two", workers=2, **options)
     assert contents(tmp_path / "one") == contents(two.root)
@@ -271,7 +275,7 @@ def test_a_list_makes_shards_and_what_is_missing_is_left_out_by_name(tmp_path: P
     (tmp_path / "list.csv").write_text("x/1.jpg,cat\ny/2.jpg,dog\nz/3.jpg,dog\n")
     result = run("list", tmp_path / "list.csv", tmp_path / "out")
     assert result.exit_code == 0, result.output
-    assert "left out 1 images (unreadable: 1)" in result.stdout
+    assert "1 left out (unreadable: 1)" in result.stdout
     assert '"z/3.jpg"' in (tmp_path / "out" / "actions.jsonl").read_text()
     assert images_by_class(tmp_path / "out") == {("cat", picture(0)), ("dog", picture(1))}
 
@@ -295,7 +299,7 @@ def test_hostile_archives_write_nothing_outside_the_output_folder(tmp_path: Path
     result = run("webdataset", source, tmp_path / "out")
     assert result.exit_code == 0, result.output
     listed = [json.loads(line) for line in (tmp_path / "out" / "actions.jsonl").read_text().splitlines()]
-    assert {each["path"]: each["detail"] for each in listed} == {
+    assert {each["path"]: each["detail"] for each in listed if each["action"] == "left out"} == {
         "a.tar/link.jpg": "a symbolic link",
         "a.tar/hard.jpg": "a hard link",
         "a.tar/disk.jpg": "a block device",
@@ -318,11 +322,12 @@ def test_a_cut_off_tar_is_announced_and_its_loss_listed(tmp_path: Path) -> None:
     result = run("webdataset", source, tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert "warning: a.tar: cut off within '5.jpg': 88 of its" in result.stderr
-    assert "left out 1 images (unreadable: 1)" in result.stdout
-    assert read_dataset(tmp_path / "out").samples == 5
-    listed = json.loads((tmp_path / "out" / "actions.jsonl").read_text())
-    assert listed["path"] == "a.tar: the rest"
-    assert listed["detail"].startswith("a.tar: cut off within '5.jpg'")
+    assert "a: 5 images, no labels" in result.stdout
+    assert "6 entries: 5 kept (jpg: 5), 0 converted, 1 left out (cut off: 1), 0 passed over" in result.stdout
+    assert "warning: 1 damaged tars" in result.stderr
+    cut, lost, _ = [json.loads(line) for line in (tmp_path / "out" / "actions.jsonl").read_text().splitlines()]
+    assert (cut["action"], cut["path"], lost["action"], lost["path"]) == ("left out", "a.tar/5.jpg", "lost", "a.tar")
+    assert lost["detail"].startswith("a.tar: cut off within '5.jpg'")
 
 
 @pytest.mark.parametrize(
@@ -413,5 +418,6 @@ def test_a_full_disk_ends_in_one_line_and_leaves_nothing(tmp_path: Path) -> None
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert result.exit_code == 1, result.stderr
-    assert re.fullmatch(r"make_shards: .*File too large.*\n", result.stderr)
+    message = r"make_shards: .*File too large; make room there, and the same command goes on: '.*/[.]out[.]partial'\n"
+    assert re.fullmatch(message, result.stderr)
     assert [path.name for path in tmp_path.iterdir()] == [source.name]

@@ -199,8 +199,13 @@ def test_manifest_matches_the_files(made: Dataset) -> None:
             assert len(archive.getnames()) == 2 * shard.samples == 2 * sizes[shard.file]
     assert (made.samples, made.extensions, made.labelled) == (NUM, ("jpg",), True)
     assert made.classes == tuple(names())
-    assert made.counts == {"kept": {"jpg": NUM}, "reencoded": {}, "left_out": {}, "per_class": [1] * NUM}
-    assert not (made.root / "actions.jsonl").exists()
+    assert made.counts == {"kept": {"jpg": NUM}, "reencoded": {}, "left_out": {}} | {
+        "passed_over": {},
+        "damaged_tars": 0,
+        "per_class": [1] * NUM,
+    }
+    (total,) = (made.root / "actions.jsonl").read_text("ascii").splitlines()
+    assert json.loads(total)["entries"] == json.loads(total)["kept"] == NUM
     assert not (made.root / "journal.jsonl").exists()
 
 
@@ -269,7 +274,7 @@ def test_bad_images_among_good_ones_are_left_out_counted_and_named(tmp_path: Pat
     good = pictures(30)
     dataset = write_shards([*bad, *good], tmp_path / "set", classes=names(30), root=tmp_path, shard_size=6)
     assert sorted(labels(dataset)) == list(range(30))
-    listed = [json.loads(line) for line in (dataset.root / "actions.jsonl").read_text().splitlines()]
+    *listed, _ = [json.loads(line) for line in (dataset.root / "actions.jsonl").read_text().splitlines()]
     assert {each["path"]: each["reason"] for each in listed} == {
         f"bad/{name}": reason for name, (_, reason) in BAD.items()
     }

@@ -12,7 +12,6 @@ import tarfile
 import time
 import tracemalloc
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import sources
+from pipeline import sources, sources_list, sources_originals, sources_tars
 from pipeline.images import BadImageError
 from pipeline.shards import DatasetError, Sample
-from pipeline.sources import Member, Source, TarError, members
+from pipeline.sources import Source
+from pipeline.sources_tars import Member, TarError, members
 from tests.test_shards import picture
 from tests.timed import thrice
 
@@ -72,7 +72,7 @@ def read(source: Source) -> list[tuple[str, int | None, bytes]]:
 
 
 def faults(source: Source) -> dict[str, str]:
-    return {each.name: each.fault for each in source.samples if each.fault}
+    return {each["path"]: each["detail"] for each in source.tally.left_out}
 
 
 # ---- tars
@@ -175,7 +175,9 @@ HOSTILE = {
     "size that is no number": (block(b"9z") + END, "no header of a member"),
     "wrong checksum": (block()[:-1] + b"!" + END, "no header of a member: bad checksum"),
     "web page": (b"<html>".ljust(1024), "no header of a member"),
-    "gzip": (b"\x1f\x8b".ljust(1024), "it is compressed: unpack it first"),
+    "gzip": (b"\x1f\x8b".ljust(1024), "it is compressed by gzip: unpack it first"),
+    "bzip2": (b"BZh91AY".ljust(1024), "it is compressed by bzip2: unpack it first"),
+    "xz": (b"\xfd7zXZ\0".ljust(1024), "it is compressed by xz: unpack it first"),
     "no byte": (b"", "cut off at byte 0, before its end mark"),
     "long name of 8 GiB": (block(b"77777777777", b"L") + END, "header 1 of one member has 8589934591 bytes"),
     "long name of -512 bytes": (block(base256(-512), b"L") + END, "header 1 of one member has -512 bytes"),
@@ -259,34 +261,35 @@ def test_links_devices_and_sparse_files_are_named_and_not_read(tmp_path: Path) -
 # ---- WebDataset shards
 
 
-def test_webdataset_labels_follow_the_key_to_the_last_or_the_first_dot(tmp_path: Path) -> None:
-    """Dots, folders, other alphabets, order of members and further members: each image with its own label."""
+def test_webdataset_keys_end_at_the_first_dot_of_the_file_name(tmp_path: Path) -> None:
+    """Dots in folders, other alphabets, upper case, order of members and further members: each with its own label."""
     entries = [
         ("a/1.jpg", b"A"),
-        ("a/1.cls", b"1"),
+        ("a/1.CLS", b"1"),
         ("b/1.cls", b"2\n"),
         ("b/1.PNG", b"B"),
-        ("c.v0.jpg", b"C0"),
-        ("c.v1.jpg", b"C1"),
-        ("c.v0.cls", b"3"),
-        ("c.cls", b"4"),
+        ("v1.0/c.LEFT.Jpg", b"C"),
+        ("v1.0/c.cls", b"3"),
+        ("d.e/猫.json", b"{}"),
         ("d.e/猫.left.webp", b"D"),
         ("d.e/猫.cls", b"0"),
-        ("d.e/猫.json", b"{}"),
         (".hidden.jpg", b"H"),
+        (".hidden/1.jpg", b"H"),
         ("._1.jpg", b"mac"),
         ("README", b"text"),
+        ("__meta__/x.jpg", b"M"),
     ]
-    source = sources.webdataset(make_tar(tmp_path / "my set.tar", entries))
-    assert source.classes == ["0", "1", "2", "3", "4"]
+    source = sources_tars.webdataset(make_tar(tmp_path / "my set.tar", entries))
+    assert source.classes == ["0", "1", "2", "3"]
     assert source.name == "my-set"
     assert read(source) == [
         ("my set.tar/a/1.jpg", 1, b"A"),
         ("my set.tar/b/1.PNG", 2, b"B"),
-        ("my set.tar/c.v0.jpg", 3, b"C0"),
-        ("my set.tar/c.v1.jpg", 4, b"C1"),
+        ("my set.tar/v1.0/c.LEFT.Jpg", 3, b"C"),
         ("my set.tar/d.e/猫.left.webp", 0, b"D"),
     ]
+    passed = {".json": 1, "__NAME__ of webdataset": 1, "hidden": 3, "label": 4, "no suffix": 1}
+    assert (source.tally.passed_over, source.tally.left_out) == (passed, [])
 
 
 def test_webdataset_shards_agree_with_the_webdataset_library(tmp_path: Path) -> None:
@@ -298,12 +301,12 @@ def test_webdataset_shards_agree_with_the_webdataset_library(tmp_path: Path) -> 
             for j in range(4):
                 writer.write({"__key__": f"{i}{j}", "jpg": picture(4 * i + j), "cls": 4 * i + j})
     (tmp_path / "notes.txt").write_text("not a tar")
-    source = sources.webdataset(tmp_path)
+    source = sources_tars.webdataset(tmp_path)
     theirs = webdataset.WebDataset([str(tmp_path / f"{i}.tar") for i in range(3)], shardshuffle=False)
     assert [(label, image) for _, label, image in read(source)] == [(int(each["cls"]), each["jpg"]) for each in theirs]
-    assert sources.webdataset(tmp_path, "1.tar").classes == [str(i) for i in range(8)]
+    assert sources_tars.webdataset(tmp_path, "1.tar").classes == [str(i) for i in range(8)]
     bare = make_tar(tmp_path / "bare.tar", [("1.jpg", b"1")])
-    assert sources.webdataset(bare).classes is None
+    assert sources_tars.webdataset(bare).classes is None
 
 
 def test_webdataset_tars_of_one_name_in_several_folders_keep_apart(tmp_path: Path) -> None:
@@ -313,64 +316,69 @@ def test_webdataset_tars_of_one_name_in_several_folders_keep_apart(tmp_path: Pat
         make_tar(tmp_path / folder / "0.tar", [("1.jpg", image), ("1.cls", b"%d" % len(folder))])
     cut = tmp_path / "b" / "1.tar"
     cut.write_bytes((tmp_path / "b" / "0.tar").read_bytes()[:600])
-    source = sources.webdataset(tmp_path, "**/*.tar")
-    assert read(replace(source, samples=source.samples[:3])) == [
+    source = sources_tars.webdataset(tmp_path, "**/*.tar")
+    assert read(source) == [
         ("0.tar/1.jpg", 0, b"upper"),
         ("a/0.tar/1.jpg", 1, b"first"),
         ("b/0.tar/1.jpg", 1, b"other"),
     ]
-    assert faults(source)["b/1.tar: the rest"].startswith("b/1.tar: the tar is cut off")
+    (lost,) = source.tally.lost
+    assert (lost["path"], lost["detail"][:27]) == ("b/1.tar", "b/1.tar: the tar is cut off")
 
 
-def test_webdataset_samples_with_wrong_labels_links_and_lost_ends_are_faults(tmp_path: Path) -> None:
+def test_webdataset_samples_with_wrong_labels_links_and_lost_ends_are_left_out(tmp_path: Path) -> None:
     """Each named with what is wrong; the sound samples of the damaged tar are kept."""
     entries: list[Entry | tarfile.TarInfo] = []
-    for name, label in {"good": b"1", "word": b"cat", "minus": b"-1", "huge": b"9" * 12, "none": None}.items():
-        entries += [(f"{name}.jpg", b"image"), *([(f"{name}.cls", label)] if label else [])]
+    for name, label in {"good": b"1", "void": b"", "minus": b"-1", "huge": b"9" * 12, "none": None}.items():
+        entries += [(f"{name}.jpg", b"image"), *([(f"{name}.cls", label)] if label is not None else [])]
+    entries += [("bytes.jpg", b"x"), ("bytes.cls", b"\xff\xfe1")]
     entries += [special("link.jpg", tarfile.SYMTYPE), ("link.cls", b"0"), ("l.jpg", b"x"), special("l.cls", b"2")]
     whole = make_tar(tmp_path / "a.tar", entries)
     cut = make_tar(tmp_path / "b.tar", [("1.jpg", b"image"), ("1.cls", b"0"), ("2.jpg", bytes(900))])
     cut.write_bytes(cut.read_bytes()[:3000])
-    source = sources.webdataset(tmp_path)
+    source = sources_tars.webdataset(tmp_path)
     assert source.classes == ["0", "1"]
-    found = faults(source)
-    expected = "expected a number from 0 to 1"
-    assert found.pop("b.tar: the rest").startswith("b.tar: cut off within '2.jpg': 440 of its 900 bytes")
-    assert found == {
-        "a.tar/word.jpg": f"its .cls is b'cat', {expected}",
-        "a.tar/minus.jpg": f"its .cls is b'-1', {expected}",
-        "a.tar/huge.jpg": f"its .cls is b'{'9' * 12}', {expected}",
-        "a.tar/none.jpg": f"it has no .cls, {expected}",
+    also, number = "and other samples have one", "a whole number from 0 to 99999"
+    assert faults(source) == {
+        "a.tar/void.jpg": f"its label 'void.cls' is '', expected a name or a whole number, {also}",
+        "a.tar/minus.jpg": f"its label 'minus.cls' is '-1', expected a name, or {number}, {also}",
+        "a.tar/huge.jpg": f"its label 'huge.cls' is '{'9' * 12}', expected a name, or {number}, {also}",
+        "a.tar/bytes.jpg": f"its label 'bytes.cls' is no text: b'\\xff\\xfe1', {also}",
+        "a.tar/none.jpg": f"it has no label, {also}",
         "a.tar/link.jpg": "a symbolic link",
-        "a.tar/l.jpg": f"its .cls is a symbolic link, {expected}",
+        "a.tar/l.jpg": f"its label 'l.cls' is a symbolic link, {also}",
+        "b.tar/2.jpg": "cut off",
     }
-    assert [s.name for s in source.samples if not s.fault] == [f"{whole.name}/good.jpg", f"{cut.name}/1.jpg"]
+    assert [sample.name for sample in source.samples] == [f"{whole.name}/good.jpg", f"{cut.name}/1.jpg"]
+    assert source.tally.lost[0]["detail"].startswith("b.tar: cut off within '2.jpg': 440 of its 900 bytes")
     assert "1 of 2 tars are cut off or damaged" in source.warning
-    with pytest.raises(BadImageError, match="a symbolic link"):
-        next(s for s in source.samples if s.fault == "a symbolic link").read(tmp_path)
 
 
 def test_webdataset_class_names_come_from_a_list_or_from_our_manifest(tmp_path: Path) -> None:
     make_tar(tmp_path / "a.tar", [("1.jpg", b"1"), ("1.cls", b"1")])
     (tmp_path / "names.txt").write_text("cat\ndog\n\n")
-    assert sources.webdataset(tmp_path, class_list=tmp_path / "names.txt").classes == ["cat", "dog"]
+    assert sources_tars.webdataset(tmp_path, class_list=tmp_path / "names.txt").classes == ["cat", "dog"]
     (tmp_path / "dataset.json").write_text('{"classes": ["ant", "bee", "cow"]}')
-    assert sources.webdataset(tmp_path).classes == ["ant", "bee", "cow"]
+    assert sources_tars.webdataset(tmp_path).classes == ["ant", "bee", "cow"]
     (tmp_path / "names.txt").write_text("cat")
-    assert "its .cls is 1" in faults(sources.webdataset(tmp_path, class_list=tmp_path / "names.txt"))["a.tar/1.jpg"]
+    with pytest.raises(DatasetError, match="label of no class: 1.*'a.tar/1.jpg': its label is '1', .* 1 classes"):
+        sources_tars.webdataset(tmp_path, class_list=tmp_path / "names.txt")
+    (tmp_path / "names.txt").write_text("cat\ncat\n")
+    with pytest.raises(DatasetError, match="names the class 'cat' twice"):
+        sources_tars.webdataset(tmp_path, class_list=tmp_path / "names.txt")
     (tmp_path / "dataset.json").write_text('{"classes": 3}')
     with pytest.raises(DatasetError, match="dataset.json gives no class names"):
-        sources.webdataset(tmp_path)
+        sources_tars.webdataset(tmp_path)
 
 
 def test_webdataset_without_tars_or_images_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="missing is missing"):
-        sources.webdataset(tmp_path / "missing")
+        sources_tars.webdataset(tmp_path / "missing")
     with pytest.raises(DatasetError, match=r"holds no tar that fits '\*.tar'"):
-        sources.webdataset(tmp_path)
+        sources_tars.webdataset(tmp_path)
     (tmp_path / "a.tar").write_bytes(b"<html>".ljust(600))
-    with pytest.raises(DatasetError, match="holds no image in 1 tars .* no header of a member"):
-        sources.webdataset(tmp_path)
+    with pytest.raises(DatasetError, match="holds no image that could be used in 1 tars; .* no header of a member"):
+        sources_tars.webdataset(tmp_path)
 
 
 # ---- ImageNet
@@ -405,7 +413,7 @@ def test_imagenet_s_training_tar_gives_what_the_unpacked_folder_gives(ilsvrc: Pa
     for name, data in by_tarfile(archive):
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
             tar.extractall(unpacked / name.removesuffix(".tar"), filter="data")
-    source, files = sources.imagenet_train(archive), ImageFolder(unpacked)
+    source, files = sources_originals.imagenet_train(archive), ImageFolder(unpacked)
     assert source.classes == files.classes == sorted(WNIDS)
     assert read(source) == read(sources.folder(unpacked))
     assert [(label, image) for _, label, image in read(source)] == [
@@ -420,22 +428,22 @@ def test_imagenet_s_training_tar_must_be_whole_and_nothing_else(ilsvrc: Path) ->
     entries, data = by_tarfile(archive), archive.read_bytes()
     archive.write_bytes(data[: len(data) // 2])
     with pytest.raises(TarError, match=r"ILSVRC2012_img_train.tar: cut off within 'n\d{8}.tar'"):
-        sources.imagenet_train(archive)
+        sources_originals.imagenet_train(archive)
     make_tar(archive, [entries[0], (entries[1][0], entries[1][1][:600])])
     with pytest.raises(TarError, match=f"ILSVRC2012_img_train.tar, {entries[1][0]}: cut off within"):
-        sources.imagenet_train(archive)
+        sources_originals.imagenet_train(archive)
     for odd in ("../n01440764.jpg", "readme.txt", "n1.tar"):
         make_tar(archive, [entries[0], (odd, b"")])
         with pytest.raises(DatasetError, match=f"holds '{odd}', expected only tars of classes"):
-            sources.imagenet_train(archive)
+            sources_originals.imagenet_train(archive)
     make_tar(archive, [special("n01440764.tar", tarfile.SYMTYPE)])
     with pytest.raises(DatasetError, match="holds 'n01440764.tar', a symbolic link"):
-        sources.imagenet_train(archive)
+        sources_originals.imagenet_train(archive)
     make_tar(archive, [("n01440764.tar", make_tar(ilsvrc / "x.tar", []).read_bytes())])
     with pytest.raises(DatasetError, match="no image of n01440764"):
-        sources.imagenet_train(archive)
+        sources_originals.imagenet_train(archive)
     with pytest.raises(DatasetError, match="nowhere.tar is missing"):
-        sources.imagenet_train(ilsvrc / "nowhere.tar")
+        sources_originals.imagenet_train(ilsvrc / "nowhere.tar")
 
 
 TRUTH = [2, 1, 3, 3, 2, 1]  # the devkit's IDs of the images in the order of their names; ID i is WNIDS[i - 1]
@@ -476,8 +484,8 @@ def test_imagenet_s_validation_labels_are_those_that_torchvision_reads_from_the_
     monkeypatch.setitem(theirs.ARCHIVE_META, "devkit", checked)
     theirs.parse_devkit_archive(ilsvrc)
     _, val_wnids = theirs.load_meta_file(ilsvrc)
-    source = sources.imagenet_val(ilsvrc / "val.tar", kit)
-    assert source.classes == sources.imagenet_train(ilsvrc / "ILSVRC2012_img_train.tar").classes
+    source = sources_originals.imagenet_val(ilsvrc / "val.tar", kit)
+    assert source.classes == sources_originals.imagenet_train(ilsvrc / "ILSVRC2012_img_train.tar").classes
     assert [source.classes[label] for _, label, _ in read(source) if label is not None] == val_wnids
     assert [image for *_, image in read(source)] == [picture(100 + i) for i in range(1, 7)]
 
@@ -485,12 +493,12 @@ def test_imagenet_s_validation_labels_are_those_that_torchvision_reads_from_the_
 def test_imagenet_s_validation_labels_from_a_text_file(ilsvrc: Path) -> None:
     """By the order of the file names or by file name, in any order of lines."""
     wnids = [WNIDS[i - 1] for i in TRUTH]
-    kit = read(sources.imagenet_val(ilsvrc / "val.tar", make_devkit(ilsvrc / "kit.tar.gz")))
+    kit = read(sources_originals.imagenet_val(ilsvrc / "val.tar", make_devkit(ilsvrc / "kit.tar.gz")))
     truth = ilsvrc / "truth.txt"
     truth.write_text("\n".join(wnids))
-    assert read(sources.imagenet_val(ilsvrc / "val.tar", truth)) == kit
+    assert read(sources_originals.imagenet_val(ilsvrc / "val.tar", truth)) == kit
     truth.write_text("".join(f"ILSVRC2012_val_{i:08d}.JPEG {w}\n" for i, w in list(enumerate(wnids, 1))[::-1]))
-    assert read(sources.imagenet_val(ilsvrc / "val.tar", truth)) == kit
+    assert read(sources_originals.imagenet_val(ilsvrc / "val.tar", truth)) == kit
     for text, message in {
         "n01440764\n" * 5: "truth.txt labels 5 images, .*val.tar has 6",
         "n01440764\ncat\n": "line 2 of .*truth.txt is 'cat', expected WNID",
@@ -501,7 +509,7 @@ def test_imagenet_s_validation_labels_from_a_text_file(ilsvrc: Path) -> None:
     }.items():
         truth.write_text(text, errors="surrogateescape")
         with pytest.raises(DatasetError, match=message):
-            sources.imagenet_val(ilsvrc / "val.tar", truth)
+            sources_originals.imagenet_val(ilsvrc / "val.tar", truth)
 
 
 def test_a_devkit_that_is_not_one_is_refused(ilsvrc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -510,18 +518,18 @@ def test_a_devkit_that_is_not_one_is_refused(ilsvrc: Path, monkeypatch: pytest.M
     data = kit.read_bytes()
     kit.write_bytes(data[: len(data) // 2])
     with pytest.raises(DatasetError, match="kit.tar.gz is not ImageNet's devkit: EOFError"):
-        sources.imagenet_val(val, kit)
+        sources_originals.imagenet_val(val, kit)
     with pytest.raises(DatasetError, match="not ImageNet's devkit: KeyError: 77"):
-        sources.imagenet_val(val, make_devkit(kit, [77]))
+        sources_originals.imagenet_val(val, make_devkit(kit, [77]))
     with pytest.raises(DatasetError, match="its classes are not WordNet IDs"):
-        sources.imagenet_val(val, make_devkit(kit, wnids=["cat", "dog", "cow"]))
+        sources_originals.imagenet_val(val, make_devkit(kit, wnids=["cat", "dog", "cow"]))
     with tarfile.open(kit, "w:gz"):
         pass
     with pytest.raises(DatasetError, match="KeyError: 'meta.mat'"):
-        sources.imagenet_val(val, kit)
-    monkeypatch.setattr(sources, "MAX_DEVKIT", 1000)
+        sources_originals.imagenet_val(val, kit)
+    monkeypatch.setattr(sources_originals, "MAX_DEVKIT", 1000)
     with pytest.raises(DatasetError, match="unpacks to more than 1000 bytes"):
-        sources.imagenet_val(val, kit)
+        sources_originals.imagenet_val(val, kit)
 
 
 # ---- CIFAR and STL-10
@@ -581,7 +589,7 @@ def test_cifar_keeps_every_pixel_and_label(tmp_path: Path, monkeypatch: pytest.M
     splits = make_cifar(tmp_path, number, monkeypatch)
     monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", no_network)
     for split in ("train", "test"):
-        source = sources.cifar(number, tmp_path, split)  # type: ignore[arg-type]
+        source = sources_originals.cifar(number, tmp_path, split)  # type: ignore[arg-type]
         planes, labels = splits[split == "train"]
         assert source.classes == [f"class {i}" for i in range(number)]
         assert [label for _, label, _ in read(source)] == labels
@@ -598,19 +606,19 @@ def test_an_original_that_is_missing_or_changed_is_named_and_not_fetched(
     monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", no_network)
     archive = tmp_path / "root" / "cifar-10-python.tar.gz"
     with pytest.raises(DatasetError, match=f"{archive} is missing, expected http.* with md5 .*--download"):
-        sources.cifar(10, archive.parent, "train")
+        sources_originals.cifar(10, archive.parent, "train")
     assert not archive.parent.exists()
     archive.parent.mkdir()
     archive.write_bytes(b"<html>")
     with pytest.raises(DatasetError, match=f"{archive} is not the original archive"):
-        sources.cifar(10, archive.parent, "train")
+        sources_originals.cifar(10, archive.parent, "train")
     archive.write_bytes((tmp_path / "made" / archive.name).read_bytes())
-    assert len(sources.cifar(10, archive.parent, "train").samples) == 20
+    assert len(sources_originals.cifar(10, archive.parent, "train").samples) == 20
     archive.unlink()
-    assert len(sources.cifar(10, archive.parent, "test").samples) == 4  # what was unpacked suffices
+    assert len(sources_originals.cifar(10, archive.parent, "test").samples) == 4  # what was unpacked suffices
     (archive.parent / "cifar-10-batches-py" / "data_batch_3").write_bytes(b"damaged")
     with pytest.raises(DatasetError, match=f"{archive} is missing"):
-        sources.cifar(10, archive.parent, "test")
+        sources_originals.cifar(10, archive.parent, "test")
 
 
 def test_download_is_torchvision_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -625,14 +633,14 @@ def test_download_is_torchvision_s(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", fetch)
     monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", lambda url, **_: url)
-    assert len(sources.cifar(10, tmp_path / "new", "train", download=True).samples) == 20
+    assert len(sources_originals.cifar(10, tmp_path / "new", "train", download=True).samples) == 20
 
     def fail(*_: object) -> None:
         raise OSError("no route to host")
 
     monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", fail)
     with pytest.raises(DatasetError, match=f"cannot get or unpack .*{name}: no route to host"):
-        sources.cifar(10, tmp_path / "other", "train", download=True)
+        sources_originals.cifar(10, tmp_path / "other", "train", download=True)
 
 
 def make_stl10(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -661,7 +669,7 @@ def test_stl10_gives_the_images_of_torchvision_s_reader(
 
     make_stl10(tmp_path, monkeypatch)
     monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", no_network)
-    source = sources.stl10(tmp_path, split)
+    source = sources_originals.stl10(tmp_path, split)
     theirs = STL10(tmp_path, split)
     labelled = split in ("train", "test")
     assert source.classes == ([f"class {i}" for i in range(10)] if labelled else None)
@@ -679,7 +687,7 @@ def test_stl10_gives_the_images_of_torchvision_s_reader(
 
 def listed(file: Path, text: str, **options: Any) -> tuple[list[tuple[str, int | None]], list[str] | None]:
     file.write_text(text)
-    source = sources.file_list(file, **options)
+    source = sources_list.file_list(file, **options)
     return [(each.name, each.label) for each in source.samples], source.classes
 
 
@@ -693,16 +701,17 @@ def test_a_list_has_paths_with_names_numbers_or_nothing(tmp_path: Path) -> None:
     assert listed(file, "\ufeffü.jpg\t10\n猫.jpg\t9\n")[0] == [("ü.jpg", 10), ("猫.jpg", 9)]
     assert listed(file, " a.jpg , 1\n  \nb c.jpg,0\n") == ([("a.jpg", 1), ("b c.jpg", 0)], ["0", "1"])
     assert listed(file, "a.jpg\tx\n \t \n b.jpg\ty\n") == ([("a.jpg", 0), ("b.jpg", 1)], ["x", "y"])
-    assert listed(file, "a.jpg,7up\nb.jpg,cat\nc.jpg,7\n")[1] == ["7", "7up", "cat"]
+    assert listed(file, "a.jpg,7up\nb.jpg,cat\n")[1] == ["7up", "cat"]
     (tmp_path / "names").write_text("dog\ncat\n")
     options = {"class_list": tmp_path / "names"}
     assert listed(file, "1.jpg,cat\n", **options) == ([("1.jpg", 1)], ["dog", "cat"])
     assert listed(file, "1.jpg,1\n", **options) == ([("1.jpg", 1)], ["dog", "cat"])
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "1.jpg").write_bytes(b"one")
-    assert read(sources.file_list(file, class_list=tmp_path / "names", root=tmp_path / "images"))[0][2] == b"one"
+    assert read(sources_list.file_list(file, class_list=tmp_path / "names", root=tmp_path / "images"))[0][2] == b"one"
     file.write_text(f"images/1.jpg\n{tmp_path}/images/1.jpg")
-    assert [image for *_, image in read(sources.file_list(file))] == [b"one", b"one"]
+    source = sources_list.file_list(file)  # one file by two names is one image
+    assert ([image for *_, image in read(source)], source.tally.passed_over) == ([b"one"], {"named again": 1})
 
 
 @pytest.mark.parametrize(
@@ -713,16 +722,20 @@ def test_a_list_has_paths_with_names_numbers_or_nothing(tmp_path: Path) -> None:
         ("a.jpg\nb.jpg,1\n", "line 2 of .* has 2 fields .* expected PATH$"),
         ("a.jpg\tx\ty\n", "line 1 of .* has 3 fields parted by tabs"),
         ("a.jpg,\n", "line 1 of .* expected PATH, or PATH and LABEL"),
-        ('"a.jpg\n', "list.txt is not a list of files"),
+        ('a.jpg,0\n"b.jpg,1\n', "line 2 of .*list.txt is no line of a CSV file"),
         (
             "a.jpg,1\nb.jpg,-1\n",
-            "line 2 of .*list.txt gives 'b.jpg' the label '-1', expected a name, or a number from 0 to 99999",
+            "line 2 of .*list.txt: the label of 'b.jpg' is '-1', expected a name, or a whole number from 0 to 99999",
         ),
-        ("a.jpg,123456789\n", "gives 'a.jpg' the label '123456789'"),
-        ("a.jpg,1\n\nb.jpg,--1\n", "line 3 of .*list.txt gives 'b.jpg' the label '--1', expected a name, or a number"),
-        (f"a.jpg,{'9' * 5000}\n", "line 1 of .*list.txt gives 'a.jpg' the label '9"),
-        ("image,label\na.jpg,0\nb.jpg,10\n", "line 1 of .*list.txt looks like a header: its label is 'label'.*Remove"),
-        ("\nimage\tlabel\na.jpg\t0\n", "line 2 of .*list.txt looks like a header"),
+        ("a.jpg,123456789\n", "the label of 'a.jpg' is '123456789'"),
+        ("a.jpg,1\n\nb.jpg,--1\n", "line 3 of .*list.txt: the label of 'b.jpg' is '--1', expected a name, or a whole"),
+        (f"a.jpg,{'9' * 5000}\n", "line 1 of .*list.txt: the label of 'a.jpg' is '9"),
+        (
+            "a.jpg,7up\nb.jpg,7\n",
+            "names, or whole numbers.*line 1 of .* has '7up' and line 2 of .* has '7': .*--classes",
+        ),
+        ("a.jpg\nb\0.jpg\n", "line 2 of .*list.txt holds a null byte"),
+        ("a.jpg 1\nb.jpg 1\n./a.jpg 2\n", "gives './a.jpg' the label '1' in line 1 and '2' in line 3"),
     ],
 )
 def test_a_list_that_does_not_fit_is_refused_by_line(tmp_path: Path, text: str, message: str) -> None:
@@ -733,13 +746,13 @@ def test_a_list_that_does_not_fit_is_refused_by_line(tmp_path: Path, text: str, 
 def test_labels_outside_a_class_list_and_files_that_are_no_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "names").write_text("dog\ncat\n")
     for label in ("cow", "2"):
-        with pytest.raises(DatasetError, match=f"the label '{label}', expected a class of .*names"):
+        with pytest.raises(DatasetError, match=f"the label '{label}', no class of .*names"):
             listed(tmp_path / "list.txt", f"a.jpg,{label}\n", class_list=tmp_path / "names")
     (tmp_path / "list.txt").write_bytes(picture(0))
     with pytest.raises(DatasetError, match="list.txt is not text in UTF-8"):
-        sources.file_list(tmp_path / "list.txt")
+        sources_list.file_list(tmp_path / "list.txt")
     with pytest.raises(DatasetError, match="is not a file"):
-        sources.file_list(tmp_path)
+        sources_list.file_list(tmp_path)
 
 
 def test_a_sample_cut_short_is_an_error_and_not_a_shorter_image(tmp_path: Path) -> None:

@@ -154,7 +154,9 @@ def samples(images: dict[str, Any]) -> list[Sample]:
 
 
 def actions(dataset: Dataset) -> list[dict[str, str]]:
-    return [json.loads(line) for line in (dataset.root / "actions.jsonl").read_text("ascii").splitlines()]
+    *listed, total = [json.loads(line) for line in (dataset.root / "actions.jsonl").read_text("ascii").splitlines()]
+    assert total["action"] == "total"
+    return listed
 
 
 def by_label(dataset: Dataset) -> dict[int, tuple[str, bytes]]:
@@ -307,7 +309,7 @@ def test_resized_images_are_counted_but_not_listed(tmp_path: Path) -> None:
     dataset = write(tmp_path / "set", images, resize=40, quality=80)
     assert dataset.counts["kept"] == {"jpg": 2}
     assert dataset.counts["reencoded"] == {"resized": 3}
-    assert not (dataset.root / "actions.jsonl").exists()
+    assert actions(dataset) == []
     assert (dataset.options["resize"], dataset.options["quality"]) == (40, 80)
 
 

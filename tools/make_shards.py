@@ -13,8 +13,11 @@
     python tools/make_shards.py quarantine DIR KEY...          leave samples out without rewriting a tar
 
 Every image is decoded once. 8-bit RGB or gray JPEG, PNG and WebP keep their bytes; other kinds (CMYK, 16-bit, alpha,
-palette, GIF, BMP, TIFF) are converted, what does not decode is left out, and OUT/actions.jsonl lists both; --on-bad
-decides otherwise. OUT appears when it is complete, and is never overwritten; where a run was interrupted, the same
+palette, GIF, BMP, TIFF, AVIF and what else Pillow decodes) are converted, what does not decode is left out; --on-bad
+decides otherwise. Every entry of the source is counted at the end as kept, converted, left out or passed over, with
+the reasons, and OUT/actions.jsonl has their names. Names follow the same rules everywhere: case does not matter, what
+starts with a dot is hidden and passed over, an image is known by its suffix, but what a list names is always tried.
+OUT appears when it is complete, and is never overwritten; where a run was interrupted, the same
 command goes on. Exit code 2: the input cannot be used; 1: failed, or faults were found.
 50,000 CIFAR-10 JPEGs take 13 to 22 s, 1,000 of ImageNet 7 s, 4 of it start-up (4 busy cores, Pillow 13).
 """
@@ -62,6 +65,10 @@ Split = Annotated[Literal["train", "test"], typer.Option(help="50,000 or 10,000 
 Download = Annotated[bool, typer.Option("--download", help="Get the archive into ROOT if it is not there.")]
 ClassList = Annotated[
     Path | None, typer.Option(help="Text file of class names, one a line, label 0 first. (default: found in SOURCE)")
+]
+ImageMember = Annotated[
+    str | None,
+    typer.Option(metavar="EXT", help="The image is KEY.EXT. (default: the only one; k.jpg before k.seg.png)"),
 ]
 
 
@@ -117,6 +124,7 @@ def write(
             classes=source.classes,
             root=source.root,
             convert=source.convert,
+            tally=source.tally,
             name=name or source.name,
             shard_size=shard_size,
             seed=seed,
@@ -145,18 +153,20 @@ def folder(
 @app.command("list")
 @makes_shards
 def file_list(
-    file: Annotated[Path, typer.Argument(help="Text file: PATH, or PATH<TAB>LABEL or PATH,LABEL, a line.")],
+    file: Annotated[Path, typer.Argument(help="Text file: PATH, or PATH and LABEL, a line.")],
     root: Annotated[Path | None, typer.Option(help="Folder that paths start from. (default: that of FILE)")] = None,
     classes: ClassList = None,
 ) -> "Source":
-    """Shards of the files that a list names, one a line.
+    """Shards of the files that a list names, one a line, with or without labels.
 
-    Labels are names (sorted, they become the classes) or whole numbers from 0. Lines have tabs, or as CSV commas.
-    Give --classes where two lists, say of training and test images, must have equal classes.
+    A tab parts PATH and LABEL in the whole file if it has any; else a comma (CSV), the last blank, the first blank or
+    nothing, whichever makes existing files of most of the first 100 paths. A header is passed over, and so is a file
+    that is named again. Labels are whole numbers from 0, or names, which become the classes in their order; give
+    --classes where two lists, say of training and test images, must have equal classes.
     """
-    from pipeline import sources
+    from pipeline import sources_list
 
-    return sources.file_list(file, root, classes)
+    return sources_list.file_list(file, root, classes)
 
 
 @app.command()
@@ -168,9 +178,9 @@ def imagenet_train(
 
     The headers of 1,281,167 images are read first, which takes about a minute. Labels are those of the unpacked folder.
     """
-    from pipeline import sources
+    from pipeline import sources_originals
 
-    return sources.imagenet_train(archive)
+    return sources_originals.imagenet_train(archive)
 
 
 @app.command()
@@ -186,18 +196,18 @@ def imagenet_val(
     ],
 ) -> "Source":
     """Shards of ImageNet's validation images, straight from the tar; labels agree with those of imagenet-train."""
-    from pipeline import sources
+    from pipeline import sources_originals
 
-    return sources.imagenet_val(archive, truth)
+    return sources_originals.imagenet_val(archive, truth)
 
 
 @app.command()
 @makes_shards
 def cifar10(root: Root, split: Split = "train", download: Download = False) -> "Source":
     """Shards of CIFAR-10 from cifar-10-python.tar.gz in ROOT, which is unpacked there; pixels are kept as they are."""
-    from pipeline import sources
+    from pipeline import sources_originals
 
-    return sources.cifar(10, root, split, download)
+    return sources_originals.cifar(10, root, split, download)
 
 
 @app.command()
@@ -207,9 +217,9 @@ def cifar100(root: Root, split: Split = "train", download: Download = False) -> 
 
     Pixels are kept as they are.
     """
-    from pipeline import sources
+    from pipeline import sources_originals
 
-    return sources.cifar(100, root, split, download)
+    return sources_originals.cifar(100, root, split, download)
 
 
 @app.command()
@@ -223,27 +233,42 @@ def stl10(
     download: Download = False,
 ) -> "Source":
     """Shards of STL-10 from stl10_binary.tar.gz in ROOT, which is unpacked there; pixels are kept as they are."""
-    from pipeline import sources
+    from pipeline import sources_originals
 
-    return sources.stl10(root, split, download)
+    return sources_originals.stl10(root, split, download)
 
 
 @app.command()
 @makes_shards
 def webdataset(
     source: Annotated[Path, typer.Argument(help="Folder of tars, or one tar.")],
-    pattern: Annotated[str, typer.Option(help="Which tars of the folder.")] = "*.tar",
+    pattern: Annotated[
+        str | None, typer.Option(help="Which tars of the folder. (default: *.tar in upper or lower case)")
+    ] = None,
     classes: ClassList = None,
+    labels: Annotated[bool, typer.Option(help="Labels are in KEY.cls; without, they are ignored.")] = True,
+    label_field: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Labels are this field of KEY.json, such as label or meta.class.")
+    ] = None,
+    image_member: ImageMember = None,
 ) -> "Source":
     """Shards of WebDataset shards: shuffled anew, checked and indexed; nothing is unpacked.
 
-    An image is a member named KEY.jpg, .png, .webp and so on, where KEY ends at the last dot; its label stands in
-    KEY.cls, where KEY may also end at the first dot of the file name. Other members are passed over. Links, devices,
-    images without a label among labelled ones and what is lost of a damaged tar are left out by name.
+    Samples are those of the webdataset library: members that follow each other and have one KEY, which ends at the
+    first dot of the file name; extensions are taken in lower case. Labels are whole numbers from 0, or names, which
+    become the classes in their order. Links, devices, images without a label among labelled ones and members that a
+    sample has twice are left out by name; what a damaged tar has lost is announced.
     """
-    from pipeline import sources
+    from pipeline import sources_tars
 
-    return sources.webdataset(source, pattern, classes)
+    return sources_tars.webdataset(
+        source,
+        pattern,
+        classes,
+        labels=labels,
+        label_field=label_field,
+        image_member=image_member,
+    )
 
 
 @app.command()
@@ -254,10 +279,7 @@ def index(
         bool, typer.Option(help="Labels are the whole numbers in KEY.cls; without, they are ignored.")
     ] = True,
     classes: ClassList = None,
-    image_member: Annotated[
-        str | None,
-        typer.Option(metavar="EXT", help="The image is KEY.EXT. (default: what DALI decodes; k.jpg before k.seg.png)"),
-    ] = None,
+    image_member: ImageMember = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Read everything: hash each tar, leave out what does not decode.")
     ] = False,
@@ -266,8 +288,9 @@ def index(
     """Make a data set of WebDataset shards where they lie: only a manifest and indexes are written, into OUT.
 
     Samples are those of the webdataset library: members that follow each other and have one KEY, which ends at the
-    first dot of the file name. What is left out and passed over is listed in OUT/actions.jsonl. The tars must stay
-    where they are, or move together with OUT where both lie in one folder; a tar of another size is refused.
+    first dot of the file name. Training reads images and labels in the tars, so images that DALI does not decode are
+    left out, and labels that are names are refused; the command webdataset takes both. The tars must stay where they
+    are, or move together with OUT where both lie in one folder; a tar of another size is refused.
     """
     from tools.errors import one_message
 
@@ -286,11 +309,7 @@ def index(
                 progress=progress,
             )
         _report(dataset)
-        passed_over = ", ".join(f"{kind}: {count}" for kind, count in dataset.counts["passed_over"].items())
-        typer.echo(f"images: {', '.join(f'{kind}: {count}' for kind, count in dataset.counts['kept'].items())}")
         typer.echo(f"labels: {'none' if dataset.classes is None else f'of {len(dataset.classes)} classes'}")
-        if passed_over:
-            typer.echo(f"passed over other members ({passed_over})")
 
 
 @app.command()
@@ -388,19 +407,21 @@ def _cores() -> int:
 
 
 def _report(dataset: "Dataset") -> None:
+    from pipeline.entries import reasons
+
     mib = sum(shard.bytes for shard in dataset.shards) / 2**20
     typer.echo(f"{dataset.root}: {dataset.samples} samples in {len(dataset.shards)} shards, {mib:.1f} MiB")
-    if left_out := dataset.counts["left_out"]:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in left_out.items())
-        what = "samples" if dataset.tars_at else "images"
-        typer.echo(f"left out {sum(left_out.values())} {what} ({reasons}), see {dataset.root / 'actions.jsonl'}")
-    if reencoded := dataset.counts["reencoded"]:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in reencoded.items())
-        typer.echo(f"wrote {sum(reencoded.values())} images anew ({reasons})")
+    words = {"kept": "kept", "reencoded": "converted", "left_out": "left out", "passed_over": "passed over"}
+    counts = {word: dataset.counts[count] for count, word in words.items()}
+    parts = [f"{sum(by.values())} {word}{f' ({reasons(by)})' if by else ''}" for word, by in counts.items()]
+    typer.echo(f"{sum(sum(by.values()) for by in counts.values())} entries: {', '.join(parts)}")
+    typer.echo(f"their names: {dataset.root / 'actions.jsonl'}")
+    if damaged := dataset.counts["damaged_tars"]:
+        typer.echo(f"warning: {damaged} damaged tars have lost what follows the damage, see actions.jsonl", err=True)
     if empty := [
         name for name, n in zip(dataset.classes or (), dataset.counts["per_class"] or (), strict=True) if not n
     ]:
-        typer.echo(f"warning: no image is left of {len(empty)} classes: {', '.join(map(repr, empty[:5]))}", err=True)
+        typer.echo(f"warning: no image of {len(empty)} classes: {', '.join(map(repr, empty[:5]))}", err=True)
 
 
 @contextlib.contextmanager
