@@ -243,7 +243,7 @@ from pipeline.cache import cache_for
 from pipeline.demo import write_demo
 from pipeline.loader import Loader, LoaderError, build_eval_loader
 from pipeline.order import divide
-from pipeline.shards import Dataset, read_dataset
+from pipeline.shards import LABEL_BOTH, Dataset, label_difference, read_dataset
 from pipeline.store import is_remote
 from pipeline.workers import local_world_size, share_of_cores
 
@@ -468,8 +468,8 @@ def open_data(config: TrainConfig) -> tuple[Dataset, Dataset | None]:
     """The images to train on, and those to query kNN with. RunError where they do not go together."""
     dataset = read_dataset(config.data)
     queries = read_dataset(config.eval_data) if config.eval_data else None
-    if queries and (not dataset.labelled or dataset.classes != queries.classes):
-        raise RunError(f"kNN needs labels, of the same classes in {config.data} and {config.eval_data}")
+    if queries and (difference := label_difference(dataset, queries)):
+        raise RunError(f"kNN needs labels, of the same classes on both sides, but {difference}; {LABEL_BOTH}")
     if config.knn_every and not queries:
         raise RunError("--knn-every needs --eval-data, labelled shards to query with")
     return dataset, queries

@@ -178,7 +178,7 @@ class Reader:
     def labels(self, samples: Numbers) -> Numbers:
         """The label of each sample, read alone. Raises as `read`, or DatasetError where there are no labels."""
         if not self.dataset.labelled:
-            raise DatasetError(f"{self.dataset.address} has no labels; make its shards from class folders")
+            raise DatasetError(f"{self.dataset.address} has no labels; make its shards of labelled images")
         shards, faults = self.shards(samples), dict[int, str]()
         self._locate(shards)
         sizes = self._label[samples, 1]

@@ -363,7 +363,7 @@ def test_a_folder_without_shards_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("train", "test", "state", "named"),
     [
-        ("train", "fewer", "fault", "label 9 is 'zigzags' in the first and None in the second"),
+        ("train", "fewer", "fault", "label 9 is 'zigzags' and no class, in this order"),
         ("train", "unlabelled", "fault", "unlabelled has no labels"),
         ("unlabelled", "test", "fault", "unlabelled has no labels"),
         ("test", "test", "warning", "the same images"),

@@ -372,11 +372,11 @@ class Study:
 def study(name: str, settings: list[str], data: Path, eval_data: Path, out: Path) -> Iterator[Study]:
     """Claims the folder for this process and for this grid alone. Raises ValueError for what the caller can mend."""
     from model.run_folder import claim, is_empty, write_text
-    from pipeline.shards import read_dataset
+    from pipeline.shards import LABEL_BOTH, label_difference, read_dataset
 
     train, test = read_dataset(data), read_dataset(eval_data)
-    if not train.labelled or train.classes != test.classes:
-        raise ValueError(f"{data} and {eval_data} must be labelled with the same classes; make them from class folders")
+    if difference := label_difference(train, test):
+        raise ValueError(f"both sets must be labelled with the same classes, but {difference}; {LABEL_BOTH}")
     this = {"grid": name, "settings": shlex.join(settings), "data": train.fingerprint, "eval_data": test.fingerprint}
     told = out / "grid.json"
     if out.exists() and not (out.is_dir() and (told.exists() or is_empty(out))):

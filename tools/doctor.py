@@ -315,24 +315,13 @@ def shards(dataset: "Dataset") -> Finding:
 
 def labels(dataset: "Dataset", queries: "Dataset | None") -> Finding:
     """Evaluation needs labels, the same classes on both sides, and other images than those trained on."""
-    for each in filter(None, (dataset, queries)):
-        if queries and not each.labelled:
-            return fault(
-                f"{each.address} has no labels, and kNN needs them on both sides",
-                "make shards of class folders, or leave --eval-data out",
-            )
+    from pipeline.shards import LABEL_BOTH, label_difference
+
     if not queries:
         if dataset.classes is None:
             return ok("no labels; training needs none")
-    elif dataset.classes != queries.classes:
-        ours, theirs = dataset.classes or (), queries.classes or ()
-        pairs = itertools.zip_longest(ours, theirs)
-        label, (one, other) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
-        return fault(
-            f"{len(ours)} classes in {dataset.address} and {len(theirs)} in {queries.address}; label {label} is "
-            f"{one!r} in the first and {other!r} in the second",
-            "make both from the same class folders, empty ones included",
-        )
+    elif difference := label_difference(dataset, queries):
+        return fault(f"{difference}, and kNN needs the same on both sides", f"{LABEL_BOTH}, or leave --eval-data out")
     elif dataset.fingerprint == queries.fingerprint:
         return warning("trained and evaluated on the same images", "give --eval-data shards of other images")
     assert dataset.classes is not None

@@ -480,12 +480,11 @@ class Session:
 
     def labelled(self) -> "tuple[Dataset, Dataset]":
         """The training and the test set. Raises ValueError if they are not labelled alike."""
+        from pipeline.shards import LABEL_BOTH, label_difference
+
         train, test = self.sets
-        if not train.labelled or train.classes != test.classes:
-            raise ValueError(
-                f"{train.address} and {test.address} must be labelled with the same classes; make them from class "
-                "folders"
-            )
+        if difference := label_difference(train, test):
+            raise ValueError(f"both sets must be labelled with the same classes, but {difference}; {LABEL_BOTH}")
         return train, test
 
     def part(self, count: int) -> slice:
