@@ -20,6 +20,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ NUMBER = re.compile(r"[+-]*([0-9]+[.]?[0-9]*|[.][0-9]+)(e[+-]?[0-9]+)?", re.IGNO
 
 def is_hidden(path: str) -> bool:
     """Whether a path within a source is hidden; "." and ".." are no names."""
+    if not path.startswith(".") and "/." not in path:  # the usual case, a million times
+        return False
     return any(part.startswith(".") and part not in (".", "..") for part in path.split("/"))
 
 
@@ -139,6 +142,7 @@ def is_number(label: str) -> bool:
     return bool(NUMBER.fullmatch(label))
 
 
+@lru_cache(maxsize=1024)  # images of a class follow each other
 def label_fault(label: str) -> str:
     """What is wrong with a label by itself, or ""."""
     if not label or not label.isprintable() or len(label) > MAX_LABEL:

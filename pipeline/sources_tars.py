@@ -197,14 +197,18 @@ def tar_samples(
     """
     for group in _groups(file, tar, tally):
         extension = image_member or _image(tar, group)
-        twice = [each for each, count in Counter(each for each, _ in group.members).items() if count > 1]
-        there = any(each == extension for each, _ in (*group.members, *group.faulty))
-        image, label = None, None
+        extensions = [each for each, _ in group.members]
+        unique = len(set(extensions)) == len(extensions)
+        twice = "" if unique else next(each for each, count in Counter(extensions).items() if count > 1)
+        everything = [*group.members, *group.faulty]
+        there = any(each == extension for each, _ in everything)
+        image: Member | None = None
+        label: Member | None = None
         label_extension = ("json" if label_field else "cls") if labels else None
-        for each, member in (*group.members, *group.faulty):
+        for each, member in everything:
             path = f"{tar}/{member.name}"
-            if each == extension and twice:
-                detail = f"sample {group.key!r} has several members {twice[0]!r}, which webdataset refuses too"
+            if each == extension and not unique:
+                detail = f"sample {group.key!r} has several members {twice!r}, which webdataset refuses too"
                 tally.leave_out(path, "member twice", detail)
             elif each == extension and (member.fault or not member.size):
                 tally.leave_out(path, member.fault or "empty", member.fault or "the image has no bytes")
@@ -212,7 +216,7 @@ def tar_samples(
                 image = member
             elif each == label_extension:
                 tally.pass_over(path, "label" if there else "label without an image")
-                label = member
+                label = label or member
             elif _kind(each) in SUFFIXES and not there:
                 tally.leave_out(path, f"no member {image_member}", f"sample {group.key!r} has no {image_member!r}")
             elif _kind(each) in SUFFIXES:
