@@ -6,9 +6,14 @@ from collections.abc import Iterator
 
 import pytest
 
-# One thread per process keeps float32 sums bitwise repeatable and leaves cores for multi-process tests.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Test files run beside each other, one process for each core. A few threads keep float32 sums bitwise repeatable.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """The cores that this process may use: pytest-xdist would count all of the machine, and start as many for each."""
+    return min(8, len(os.sched_getaffinity(0)))
 
 
 @pytest.fixture(autouse=True)

@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +28,7 @@ from pipeline.shards import Sample, read_dataset
 from pipeline.subset import keys
 from pipeline.views import make_views
 from pipeline.write import write_shards
+from tests.processes import Program
 from tools.evaluate import app, usual_batch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -263,7 +262,7 @@ def test_two_processes_find_what_one_finds(planted, data, tmp_path):
     """The same scores of every l2 and of the test set, whose parts differ in size; one of them writes."""
     words = ["logistic", planted, *sets(data), "--l2", 100, "--l2", 1, "--l2", 10]
     one = evaluate(*words, into=tmp_path / "one.jsonl")
-    launch(*words, "--results", tmp_path / "two.jsonl")
+    launch(tmp_path, *words, "--results", tmp_path / "two.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "two.jsonl").read_text().splitlines()]
     assert len(rows) == 1
     assert rows[0]["processes"] == 2
@@ -273,36 +272,34 @@ def test_two_processes_find_what_one_finds(planted, data, tmp_path):
 def test_two_processes_train_one_network(planted, data, tmp_path):
     """Fine-tuning over processes, whose parts of the test set differ in size, ends and learns as on one."""
     words = ["finetune", planted, *sets(data), "--percent", 20, "--epochs", 4, "--eval-every", 2, "--train-batch", 8]
-    launch(*words, "--results", tmp_path / "two.jsonl")
+    launch(tmp_path, *words, "--results", tmp_path / "two.jsonl")
     row = json.loads((tmp_path / "two.jsonl").read_text())
     one = evaluate(*words, into=tmp_path / "one.jsonl")
     assert [at["step"] for at in row["curves"]["pre-trained"]] == [at["step"] for at in one["curves"]["pre-trained"]]
     assert row["scores"]["pre-trained"]["top1"] == pytest.approx(one["scores"]["pre-trained"]["top1"], abs=0.15)
 
 
-def launch(*words):
+def launch(folder, *words):
     """The program in two CPU processes, which are told of each other as accelerate's launcher tells them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = [
-        subprocess.Popen(
-            [sys.executable, str(ROOT / "tools/evaluate.py"), *map(str, words)],
-            cwd=ROOT,
+        Program(
+            "tools/evaluate.py",
+            *map(str, words),
+            output=folder / f"rank-{rank}.txt",
             env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
         )
         for rank in range(2)
     ]
     try:
-        said = [process.communicate(timeout=240)[1] for process in processes]
+        codes = [process.wait(timeout=240) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "".join(said)[-3000:]
+    assert codes == [0, 0], "".join(process.output.read_text() for process in processes)[-3000:]
 
 
 def test_bad_input_is_said_in_one_line(planted, data, tmp_path):

@@ -19,6 +19,7 @@ from model.lars import param_groups
 from model.nt_xent import nt_xent
 from model.simclr import ProjectionHead, SimCLR
 from model.step import Outcome, build_optimizer, train_step
+from tests.processes import spawn
 
 ROOT = Path(__file__).resolve().parents[1]
 RAGGED = (4, 4, 4, 3)  # images in each micro-batch
@@ -188,7 +189,7 @@ def test_processes_with_micro_batches_step_like_one(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_one_rank, (port, str(tmp_path)), nprocs=3)
+    spawn(_one_rank, (port, str(tmp_path)), nprocs=3)
     whole = network(torch.float64)
     expected = one_graph(whole, micro_batches(SHARES, torch.float64, 16))
     for world_size in (2, 3):

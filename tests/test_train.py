@@ -40,6 +40,7 @@ from pipeline.loader import Batch, Loader, LoaderError
 from pipeline.shards import Sample, read_dataset
 from pipeline.write import write_shards
 from tests.oracles.monitor import contrast
+from tests.processes import Program, spawn
 from tools import signals
 from tools.errors import one_message
 from tools.runs import training_of
@@ -272,14 +273,14 @@ def test_equal_seeds_give_equal_runs(shards: Path, tmp_path: Path) -> None:
 # ---- interruptions -------------------------------------------------------------------------------------------------
 
 
-def start(shards: Path, out: Path, *more: str) -> subprocess.Popen[str]:
+def start(shards: Path, out: Path, *more: str) -> Program:
     arguments = [*TINY, "--data", str(shards), "--out", str(out), "--steps", "30", "--checkpoint-every", "3", *more]
     environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_MIXED_PRECISION"}
-    command = [sys.executable, str(ROOT / "train.py"), *arguments, "--log-every", "2"]
-    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    output = out.with_name(f"{out.name}-{time.monotonic_ns()}.txt")
+    return Program("train.py", *arguments, "--log-every", "2", output=output, env=environment)
 
 
-def wait_for_step(process: subprocess.Popen[str], out: Path, step: int) -> None:
+def wait_for_step(process: Program, out: Path, step: int) -> None:
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         if (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text().splitlines()) >= step:
@@ -342,17 +343,15 @@ def test_a_signal_to_the_launcher_and_all_it_started_saves(
     is near."""
     out, program = tmp_path / "run", tmp_path / "slow.py"
     program.write_text(SLOW)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
-    launch += ["--dynamo_backend", "no", "--num_processes", str(processes), "--main_process_port", "0"]
-    launch += ["--cpu"] if processes == 1 else ["--multi_gpu"]
+    launch = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch += ["--num_processes", str(processes), "--cpu" if processes == 1 else "--multi_gpu"]
     far = ["--steps", "100000", "--log-every", "100000", "--checkpoint-every", "100000"]
-    process = subprocess.Popen(
-        [*launch, str(program), *TINY, "--data", str(shards), "--out", str(out), *far],
+    process = Program(
+        "-m accelerate.commands.launch",
+        *[*launch, str(program), *TINY, "--data", str(shards), "--out", str(out), *far],
+        output=tmp_path / "output.txt",
         env=os.environ | {"PYTHONPATH": str(ROOT)},
-        start_new_session=True,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        new_session=True,
     )
     try:
         deadline = time.monotonic() + 120
@@ -360,7 +359,11 @@ def test_a_signal_to_the_launcher_and_all_it_started_saves(
             time.sleep(0.01)
         time.sleep(0.5)
         os.killpg(process.pid, number)
-        printed = process.communicate(timeout=60)[0]  # until the last process has closed it
+        process.wait(timeout=60)
+        deadline = time.monotonic() + 60  # for the last process, where the launcher ended before it
+        while json.loads((out / "status.json").read_text())["state"] == "running" and time.monotonic() < deadline:
+            time.sleep(0.01)
+        printed = (tmp_path / "output.txt").read_text()
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -484,7 +487,7 @@ def _watched_rank(rank: int, world_size: int, port: int, data: str, out: str) ->
 def two_ranks(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of `_watched_rank` on two gloo processes."""
     out = tmp_path_factory.mktemp("two") / "run"
-    torch.multiprocessing.spawn(_watched_rank, (2, free_port(), str(shards), str(out)), nprocs=2)
+    spawn(_watched_rank, (2, free_port(), str(shards), str(out)), nprocs=2)
     return out
 
 
@@ -572,7 +575,7 @@ def _one_rank(rank: int, world_size: int, port: int, folder: str) -> None:
 
 def test_two_processes_step_like_one(tmp_path: Path) -> None:
     """Loss and gradients of two gloo processes under DDP are those of one with the joined batch, to float32's 1e-5."""
-    torch.multiprocessing.spawn(_one_rank, (2, free_port(), str(tmp_path)), nprocs=2)
+    spawn(_one_rank, (2, free_port(), str(tmp_path)), nprocs=2)
     two_loss, two = torch.load(tmp_path / "stepped.pt", weights_only=True)
     network = frozen_network()
     loss = nt_xent(network(views_of(8).flatten(0, 1)), 0.2)
@@ -692,7 +695,7 @@ def _failing_rank(rank: int, world_size: int, port: int, data: str, out: str) ->
 def test_the_process_that_fails_writes_why(shards: Path, tmp_path: Path) -> None:
     """The others then fail because it is gone, and leave its words."""
     out = tmp_path / "run"
-    torch.multiprocessing.spawn(_failing_rank, (2, free_port(), str(shards), str(out)), nprocs=2)
+    spawn(_failing_rank, (2, free_port(), str(shards), str(out)), nprocs=2)
     status = json.loads((out / "status.json").read_text())
     assert status == {"state": "failed", "step": 2, "rank": 1, "message": "LoaderError: rank 1 could not read"}
 
@@ -860,7 +863,7 @@ def test_processes_go_on_from_one_checkpoint_or_not_at_all(tmp_path: Path) -> No
         for name, numbers in steps.items():
             for step in numbers:
                 save(tmp_path / str(rank) / name, step, model=model, optimizer=optimizer, extra={})
-    torch.multiprocessing.spawn(_blind_rank, (2, free_port(), str(tmp_path)), nprocs=2)
+    spawn(_blind_rank, (2, free_port(), str(tmp_path)), nprocs=2)
 
 
 # ---- how it fails ------------------------------------------------------------------------------------------------
@@ -1016,7 +1019,7 @@ def test_a_second_training_on_one_folder_is_refused_and_changes_nothing(shards: 
     before = contents(out)
     refused = run("--data", str(shards), "--out", str(out), "--steps", "30", "--resume")
     again = run("--data", str(shards), "--out", str(out), "--steps", "30")
-    torch.multiprocessing.spawn(_refused_rank, (2, free_port(), str(shards), str(out)), nprocs=2)
+    spawn(_refused_rank, (2, free_port(), str(shards), str(out)), nprocs=2)
     assert contents(out) == before
     first.send_signal(signal.SIGCONT)
     assert first.wait(timeout=120) == 0, first.communicate()[0]
