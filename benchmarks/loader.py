@@ -49,6 +49,7 @@ from benchmarks.measure import (
     environment,
     held_mib,
     peak_host_mib,
+    save_plot,
     timing,
 )
 from pipeline.loader import Loader
@@ -639,8 +640,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         f"DALI {first['dali']}, torch {first['torch']}, {first['commit']}, {first['date']}",
         fontsize=8,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save_plot(figure, path, 120)
     print(f"\nplot: {path}")
 
 

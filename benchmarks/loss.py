@@ -31,7 +31,7 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.measure import RECORDS, Timing, append, environment, peak_extra_mib, time_interleaved
+from benchmarks.measure import RECORDS, Timing, append, environment, peak_extra_mib, save_plot, time_interleaved
 from model import nt_xent as module
 from model.nt_xent import nt_xent, resolve
 
@@ -277,7 +277,7 @@ def plot(record: Sequence[Mapping[str, object]], path: Path) -> None:
         f"{first['threads']} thread(s), load {loads[0]:g} to {loads[-1]:g}, torch {first['torch']}, {first['date']}",
         fontsize=10,
     )
-    figure.savefig(path, dpi=130)
+    save_plot(figure, path, 130)
     print(f"\nplot: {path.name}")
 
 

@@ -23,6 +23,7 @@ import csv
 import ctypes
 import datetime
 import gc
+import io
 import itertools
 import multiprocessing
 import os
@@ -41,6 +42,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+import files
 
 RECORDS = Path(__file__).parent / "records"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -288,15 +291,21 @@ def append(record: Path | str, rows: Sequence[Mapping[str, object]]) -> None:
     columns = list(dict.fromkeys(itertools.chain(*older[:1], *rows)))
     path.parent.mkdir(parents=True, exist_ok=True)
     if rows and older and columns == list(older[0]):
-        with path.open("a", newline="") as file:
-            csv.DictWriter(file, columns, restval="").writerows(rows)
+        files.append(path, _csv(columns, rows).encode())
     elif rows:
-        whole = path.with_name(f".{path.name}")
-        with whole.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns, restval="")
-            writer.writeheader()
-            writer.writerows([*older, *rows])
-        whole.replace(path)
+        files.write_text(path, _csv(columns, [dict(zip(columns, columns, strict=True)), *older, *rows]))
+
+
+def save_plot(figure: Any, path: Path, dpi: int) -> None:
+    """Write a figure of matplotlib."""
+    with files.replacing(path) as partial:
+        figure.savefig(partial, dpi=dpi, format=path.suffix[1:])
+
+
+def _csv(columns: list[str], rows: Iterable[Mapping[str, object]]) -> str:
+    text = io.StringIO()
+    csv.DictWriter(text, columns, restval="").writerows(rows)
+    return text.getvalue()
 
 
 def read(record: Path | str) -> list[dict[str, str]]:
@@ -304,7 +313,7 @@ def read(record: Path | str) -> list[dict[str, str]]:
     path = RECORDS / record
     if not path.exists():
         return []
-    with path.open(newline="") as file:
+    with files.open_text(path, newline="") as file:
         return list(csv.DictReader(file))
 
 

@@ -20,7 +20,8 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.measure import RECORDS, read
+from benchmarks.measure import RECORDS, read, save_plot
+from files import read_text, write_text
 
 Row = dict[str, str]
 
@@ -36,7 +37,7 @@ def main(
     records: Annotated[Path, typer.Option(help="folder of the CSVs and plots")] = RECORDS,
 ) -> None:
     """Write the blocks of README.md from the records, and draw the plots."""
-    text = readme.read_text()
+    text = read_text(readme)
     blocks = [name for _, name, _, _ in BLOCK.findall(text)]
     if unknown := sorted(set(blocks) - set(BLOCKS)):
         raise typer.BadParameter(f"{readme} has blocks {unknown}; known are {sorted(BLOCKS)}", param_hint="--readme")
@@ -47,7 +48,7 @@ def main(
             typer.echo("\n".join(problems))
             raise typer.Exit(1)
         return
-    readme.write_text(filled(text, records))
+    write_text(readme, filled(text, records))
     draw(records)
 
 
@@ -544,7 +545,7 @@ def draw_sweep(rows: Sequence[Row], path: Path) -> None:
         if axes.lines:
             axes.legend(fontsize=9, frameon=False)
     figure.suptitle(title(rows), fontsize=9)
-    figure.savefig(path, dpi=120)
+    save_plot(figure, path, 120)
     typer.echo(f"plot: {path.name}")
 
 
@@ -570,7 +571,7 @@ def draw_against(rows: Sequence[Row], path: Path) -> None:
     axes.set(xlabel="source images/s in training, and the median of the rounds' ratios to ours")
     axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title(rows), fontsize=8)
-    figure.savefig(path, dpi=120)
+    save_plot(figure, path, 120)
     typer.echo(f"plot: {path.name}")
 
 

@@ -44,7 +44,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import typer
 
-from benchmarks.measure import RECORDS, append, environment, read, timing
+from benchmarks.measure import RECORDS, append, environment, read, save_plot, timing
 from benchmarks.report import Row, by_number, newest
 from benchmarks.step import PARTS, Step, build_network
 
@@ -234,7 +234,7 @@ def plot(predictions: Sequence[Prediction], title: str, path: Path) -> None:
         axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1) if axes is parts else None)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=9)
-    figure.savefig(path, dpi=120)
+    save_plot(figure, path, 120)
     typer.echo(f"plot: {path}")
 
 

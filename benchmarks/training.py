@@ -64,6 +64,8 @@ def _draw(
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    from benchmarks.measure import save_plot
+
     losses = [row for row in metrics if "loss" in row]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     left.plot([row["step"] for row in losses], [row["loss"] for row in losses], linewidth=0.7)
@@ -74,7 +76,7 @@ def _draw(
         right.axhline(100 * scored[0]["knn"], linestyle=":", color="gray")
         right.annotate("random initialisation", (scored[-1]["step"], 100 * scored[0]["knn"]), ha="right", va="bottom")
     figure.suptitle(f"{name}: {facts['device']}, {facts['commit']}, {facts['date']}", fontsize=9)
-    figure.savefig(path, dpi=110)
+    save_plot(figure, path, 110)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,13 @@ flushed to the disk and then renamed, so a name holds a whole checkpoint or does
 found by the hashes. Nothing is pickled, and nothing in a file is believed before it matches the model at hand.
 """
 
-import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
-import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,9 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from files import create, flush, make_folder, open_binary, read_bytes, workspace, write_new
 from model.encoder import LAYERS, Encoder, build_encoder
 from model.names import Names, from_torchvision, to_torchvision
-from model.run_folder import flush, naming
 from model.simclr import NUM_LAYERS, ProjectionHead
 
 FORMAT = 1
@@ -35,6 +34,7 @@ NOT_PICKLES = (
     "give its state_dict, every tensor contiguous, to safetensors.torch.save_file"
 )
 ALWAYS = ("model.safetensors", "optimizer.safetensors")  # files of every checkpoint
+WORKSPACE = "checkpoint"  # name of the folders that checkpoints are prepared in, and removed in
 OWN_HASH = "sha256_of_the_above"  # the last key of a checkpoint's state.json
 METADATA_KEY = "swiftclr"  # exactly one: safetensors writes several in random order, and no two files are equal
 
@@ -88,7 +88,10 @@ def save(
         if bad := _first_not_finite(part):
             raise NotFiniteError(f"{bad} ({name}) is not finite at step {step}: nothing saved, older checkpoints kept")
 
-    with _staged(folder, final.name) as partial:
+    make_folder(folder)
+    with workspace(folder, WORKSPACE) as inside:
+        partial = inside / final.name
+        partial.mkdir()
         for name, part in files.items():
             write_tensors(partial / name, part)
         state = {
@@ -98,14 +101,16 @@ def save(
             "optimizer": {"class": type(optimizer).__name__, "groups": _groups(optimizer, names), "values": values},
             "extra": dict(extra),
         }
-        _write(partial / "state.json", _state_text(state))
+        write_new(partial / "state.json", _state_text(state))
         flush(partial)
         os.rename(partial, final)
-    for _, old in _published(folder)[:-keep]:
-        if old != final:  # a run gone back to an earlier step saves below the newest
-            doomed = folder / f".tmp-{old.name}"  # killed half-way through, it must not look like a checkpoint
-            os.rename(old, doomed)
-            shutil.rmtree(doomed)
+        flush(folder)
+    # a run gone back to an earlier step saves below the newest; what holds no state is not of ours
+    old = [path for _, path in _published(folder)[:-keep] if path != final and (path / "state.json").is_file()]
+    if old:
+        with workspace(folder, WORKSPACE) as inside:  # killed half-way through, they must not look like checkpoints
+            for path in old:
+                os.rename(path, inside / path.name)
     return final
 
 
@@ -176,9 +181,8 @@ def set_aside_newer(saved: Saved) -> list[str]:
     for _, newer in reversed(_published(saved.path.parent)):
         if newer.name == saved.path.name:
             break
-        target = newer.with_name(f"damaged-{newer.name}")
-        if target.exists():
-            shutil.rmtree(target)
+        names = (f"damaged-{newer.name}" + (f"-{i}" if i > 1 else "") for i in itertools.count(1))
+        target = next(free for name in names if not os.path.lexists(free := newer.with_name(name)))
         os.rename(newer, target)
         notes.append(f"a damaged checkpoint is now {target}")
     if OWN_HASH not in saved.state:
@@ -194,7 +198,7 @@ def read_state(path: str | Path, files: Collection[str] | None = None) -> dict[s
     """
     path = Path(path)
     file = path / "state.json"
-    data = file.read_bytes()
+    data = read_bytes(file)
     try:
         state = json.loads(data)
         if state["format"] != FORMAT:
@@ -347,13 +351,15 @@ def export_encoder(
             **{"num_classes": 0, "first_conv": "conv1", "classifier": "fc"},
         },
     }
-    with _staged(folder, "encoder") as partial:
+    make_folder(folder)
+    with workspace(folder, "encoder") as partial:
         write_tensors(partial / file, weights, _hashed_facts(weights, facts))
         theirs = encoder.width == 1 and encoder.stem == "standard" and not encoder.selective_kernel
         if theirs and names in ("torchvision", "timm"):
-            _write(partial / "config.json", json.dumps(timm, indent=1))
+            write_new(partial / "config.json", json.dumps(timm, indent=1))
             os.replace(partial / "config.json", folder / "config.json")
         os.replace(partial / file, folder / file)
+        flush(folder)
     return folder / file
 
 
@@ -487,23 +493,9 @@ def _first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     return next((k for k, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()), None)
 
 
-@contextlib.contextmanager
-def _staged(folder: Path, name: str) -> Iterator[Path]:
-    """An empty `folder/.tmp-{name}` to write in, gone afterwards; what killed writers left there goes first."""
-    partial = folder / f".tmp-{name}"
-    for leftover in folder.glob(f".tmp-{name.partition('-')[0]}*"):
-        shutil.rmtree(leftover)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        flush(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """One safetensors file, flushed to the disk. Raises OSError."""
-    path.touch()
+    """One new safetensors file, flushed to the disk. Raises OSError."""
+    create(path).close()
     mode = path.stat().st_mode  # what the umask grants; safetensors leaves 0600
     # copies, contiguous: safetensors refuses channels_last and tensors that share memory (one lr in two groups)
     plain = {k: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for k, t in tensors.items()}
@@ -512,12 +504,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     except SafetensorError as error:
         raise OSError(f"{path} could not be written: {error}") from error
     path.chmod(mode)
-    flush(path)
-
-
-def _write(path: Path, text: str) -> None:
-    with naming(path):
-        path.write_text(text)
     flush(path)
 
 
@@ -559,13 +545,13 @@ def _check_hash(path: Path) -> None:
 
 
 def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
+    with open_binary(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _open(path: Path) -> Any:
     """A safetensors file whose header is small enough to parse; the library checks the rest of the format."""
-    with open(path, "rb") as file:
+    with open_binary(path) as file:
         header_bytes = int.from_bytes(file.read(8), "little")
     if header_bytes > MAX_HEADER_BYTES:
         raise ValueError(f"{path} claims a header of {header_bytes} bytes, more than {MAX_HEADER_BYTES}. {NOT_PICKLES}")

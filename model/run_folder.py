@@ -1,25 +1,23 @@
 """A run folder's files: rows and states that outlive kill -9 and a full disk, written by one process at a time.
 
-What is replaced is on the disk whole before it takes its name, what is appended is there before the call returns, and
-every OSError names its file. metrics.jsonl and its like are read by `read_rows` alone.
+How a file is replaced or added to is settled in files.py. metrics.jsonl and its like are read by `read_rows` alone.
 """
 
 import contextlib
-import errno
 import fcntl
 import itertools
 import json
 import os
 import stat
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from files import append, descriptor_of, lock, overwrite, read_bytes, read_text, remove, write_text
+
 LOCK = ".lock"
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # of a file system that has none
 
 
 class FolderError(ValueError):
@@ -67,7 +65,7 @@ def claim(folder: Path, program: str = "process") -> Iterator[Claim]:
         yield Claim(descriptor, holder)
     finally:
         with contextlib.suppress(OSError):
-            file.unlink()
+            remove(file)
             if created:
                 folder.rmdir()  # fails if it holds anything
         os.close(descriptor)
@@ -101,7 +99,7 @@ def next_free(path: Path) -> Path:
 def holder_of(folder: Path) -> str:
     """Who claimed a folder, in the words of `Claim.holder`; "" if nobody did."""
     try:
-        return (folder / LOCK).read_text(errors="replace")
+        return read_text(folder / LOCK, errors="replace")
     except OSError:
         return ""
 
@@ -122,11 +120,11 @@ def _locked(file: Path, holder: str) -> int:
                     raise
             continue
         try:
-            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            descriptor = descriptor_of(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
         except FileNotFoundError:  # the holder has just removed the folder that it had created
             continue
         try:
-            _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, file)
+            lock(descriptor, file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), os.stat(file, follow_symlinks=False)):
                     os.ftruncate(descriptor, 0)
@@ -138,99 +136,12 @@ def _locked(file: Path, holder: str) -> int:
         os.close(descriptor)  # the holder has just removed this file: its lock would keep nobody out
 
 
-def _flock(descriptor: int, how: int, file: Path) -> None:
-    try:
-        fcntl.flock(descriptor, how)
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        warnings.warn(
-            f"{file.parent} lies on a file system without locks ({error.strerror}): see to it that no other process "
-            "writes there",
-            stacklevel=2,
-        )
-
-
-# ---- files ---------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """An OSError that names no file, as that of a full disk, gets the name of `path`."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None or error.errno is None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def flush(path: Path) -> None:
-    """fsync: the bytes of a file, or the names in a folder, are on the disk afterwards."""
-    with naming(path):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-@contextmanager
-def replacing(path: Path, writer: int = 0) -> Iterator[Path]:
-    """Yield where to write what takes the place of `path`, once it is on the disk; if the block fails, nothing changes.
-
-    writer tells apart the processes that may do so at once. An OSError names a file.
-    """
-    partial = path.with_name(f".{path.name}.{writer}.tmp")
-    partial.unlink(missing_ok=True)  # of a process that was killed, or a link that leads elsewhere
-    try:
-        with naming(path):
-            yield partial
-            flush(partial)
-            os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def write_text(path: Path, text: str, writer: int = 0) -> None:
-    """Write a file that is on the disk whole, or as it was before; `writer` as in `replacing`."""
-    with replacing(path, writer) as partial, open(partial, "x") as file:
-        file.write(text)
-
-
-def overwrite(path: Path, text: str) -> None:
-    """Write over a file in the room that it has already, where the disk is full or its folder may not be written."""
-    with naming(path):
-        descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
-        try:
-            data = text.encode()
-            os.pwrite(descriptor, data, 0)
-            os.ftruncate(descriptor, len(data))
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+# ---- rows ----------------------------------------------------------------------------------------------------------
 
 
 def append_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Add a line of JSON for each row; all are on the disk afterwards, or none is. Several processes may call at once.
-
-    A last line that a killed process cut off is removed first. Raises OSError.
-    """
-    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    with naming(file), open(file, "a+b", buffering=0) as opened:  # a buffer would be written again on closing
-        _flock(opened.fileno(), fcntl.LOCK_EX, file)  # only as long as it takes to write
-        size = opened.seek(0, os.SEEK_END)
-        if size and os.pread(opened.fileno(), 1, size - 1) != b"\n":
-            size = os.pread(opened.fileno(), size, 0).rfind(b"\n") + 1
-            opened.truncate(size)
-        try:
-            while data:
-                data = data[opened.write(data) :]
-            os.fsync(opened.fileno())
-        except OSError:
-            os.ftruncate(opened.fileno(), size)
-            raise
+    """Add a line of JSON for each row, as `files.append` does."""
+    append(file, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def read_rows(file: Path, faults: list[str] | None = None) -> list[dict[str, Any]]:
@@ -240,7 +151,7 @@ def read_rows(file: Path, faults: list[str] | None = None) -> list[dict[str, Any
             names the file and the line.
     """
     rows = []
-    *lines, _ = file.read_bytes().split(b"\n")
+    *lines, _ = read_bytes(file).split(b"\n")
     for number, line in enumerate(lines, 1):
         expected, row = "an object", None
         try:
@@ -345,7 +256,7 @@ class Log:
     def _state(self) -> str | None:
         """What status.json says; None if there is none, "damaged" if it says nothing."""
         try:
-            state = json.loads((self.out / "status.json").read_bytes())["state"]
+            state = json.loads(read_bytes(self.out / "status.json"))["state"]
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError, RecursionError):
@@ -358,7 +269,7 @@ class Log:
             row["damaged"] = len(self.replaced)
         file = self.out / "status.json"
         try:
-            write_text(file, json.dumps(row), self.rank)
+            write_text(file, json.dumps(row))
         except OSError:
             if not file.exists():
                 raise

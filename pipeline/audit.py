@@ -17,6 +17,7 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from files import open_binary, read_text, write_text
 from pipeline.entries import MAX_NUMBER
 from pipeline.images import BadImageError, Rules, ppm_shape, prepare
 from pipeline.shards import (
@@ -31,7 +32,6 @@ from pipeline.shards import (
     members,
     read_dataset,
     split_name,
-    write_text,
 )
 from pipeline.sources_tars import TarError
 from pipeline.sources_tars import members as members_of_tar
@@ -124,7 +124,7 @@ def quarantine(path: str | Path, keys: Iterable[str]) -> Dataset:
         shards, indexes = [], dict[Path, str]()
         per_class = list(dataset.counts.get("per_class") or ())
         for shard in dataset.shards:
-            _, *lines = Path(dataset.index(shard)).read_text(encoding="ascii").splitlines()
+            _, *lines = read_text(dataset.index(shard), "ascii").splitlines()
             named = [(line, members(line)[0].key) for line in lines]
             out = [(line, key) for line, key in named if key in wanted or f"{shard.file}/{key}" in wanted]
             if out:
@@ -158,7 +158,7 @@ def quarantine(path: str | Path, keys: Iterable[str]) -> Dataset:
         for file, index in indexes.items():
             write_text(file, index)
         if not (root / ORIGINAL).exists():
-            write_text(root / ORIGINAL, (root / "dataset.json").read_text(encoding="ascii"))
+            write_text(root / ORIGINAL, read_text(root / "dataset.json", "ascii"))
         samples = sum(shard.samples for shard in shards)
         counts = {**dataset.counts, "per_class": per_class or None, "quarantined": sorted(before | now)}
         write_text(
@@ -178,7 +178,7 @@ def _wanted(dataset: Dataset, names: Iterable[str]) -> set[str]:
 
 def _labels(tar: str, lines: Iterable[str]) -> Iterator[int]:
     """The labels of these samples of an index, as far as they are numbers."""
-    with open(tar, "rb") as file:
+    with open_binary(tar) as file:
         for member in (member for line in lines for member in members(line) if member.extension == "cls"):
             file.seek(member.offset)
             if (label := file.read(min(member.size, MAX_NUMBER)).strip()).isdigit():

@@ -24,6 +24,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from files import read_bytes
 from pipeline.images import SUFFIXES
 from pipeline.shards import DatasetError
 
@@ -192,7 +193,7 @@ def class_names(root: Path, class_list: Path | None) -> list[str] | None:
     if not manifest.is_file():
         return None
     try:
-        classes = json.loads(manifest.read_bytes())["classes"]
+        classes = json.loads(read_bytes(manifest))["classes"]
         if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
             raise TypeError(f"classes are {str(classes)[:40]}")
         return classes
@@ -208,7 +209,7 @@ def read_text(file: Path) -> str:
     must_be_file(file)
     if file.stat().st_size > MAX_LIST:
         raise DatasetError(f"{file} has {file.stat().st_size} bytes, more than {MAX_LIST}: expected a text file")
-    content = file.read_bytes()
+    content = read_bytes(file)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

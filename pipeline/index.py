@@ -16,9 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from files import open_binary, write_new
 from pipeline.entries import Tally, actions_text, class_names, is_number
 from pipeline.images import MAX_PIXELS, BadImageError, Rules, ppm_shape, prepare
-from pipeline.shards import Dataset, DatasetError, Shard, index_line, index_text, manifest, read_dataset, write_text
+from pipeline.shards import Dataset, DatasetError, Shard, index_line, index_text, manifest, read_dataset
 from pipeline.sources_tars import TARS, TarSample, compressed_tars, member_extension, no_label, tar_labels, tar_samples
 from pipeline.workers import in_order
 from pipeline.write import names_full_disk, publish
@@ -87,7 +88,7 @@ def index_tars(
             "left_out": tally.reasons(),
             "passed_over": dict(sorted(tally.passed_over.items())),
         }
-        write_text(folder / "actions.jsonl", actions_text(tally.actions(), counts, len(tally.lost)))
+        write_new(folder / "actions.jsonl", actions_text(tally.actions(), counts, len(tally.lost)))
         dataset = Dataset(
             root=folder,
             name=Path(out).resolve().name,
@@ -110,7 +111,7 @@ def index_tars(
             raw=shapes.pop() if len(shapes) == 1 else None,
             tars_at=_tars_at(root, Path(out)),
         )
-        write_text(folder / "dataset.json", manifest(dataset))
+        write_new(folder / "dataset.json", manifest(dataset))
     return read_dataset(out)
 
 
@@ -169,7 +170,7 @@ class _Tar:
 
 def _scan(root: Path, labels: bool, image_member: str | None, rules: Rules | None, name: str) -> _Tar:
     """Find the samples of a tar; with `rules`, read and decode them too."""
-    with open(root / name, "rb") as file:
+    with open_binary(root / name) as file:
         tar = _Tar(name, os.fstat(file.fileno()).st_size)
         for sample in tar_samples(file, name, tar.tally, labels=labels, image_member=image_member):
             if _decodes(tar, file, sample, chosen=image_member is not None, rules=rules):
@@ -238,5 +239,5 @@ def _write_index(
     digest = hashlib.sha256(index.encode()).hexdigest()
     shard = Shard(file=tar.file, samples=len(tar.samples), bytes=tar.bytes, sha256=tar.sha256, index_sha256=digest)
     (folder / shard.index).parent.mkdir(parents=True, exist_ok=True)
-    write_text(folder / shard.index, index)
+    write_new(folder / shard.index, index)
     return shard

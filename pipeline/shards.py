@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
+from files import open_binary, read_bytes
 from pipeline.images import BadImageError
 from pipeline.store import address, fetch, is_remote
 
@@ -60,24 +60,17 @@ class Sample:
             return self.data
         path = root / (self.file or self.name)
         try:
-            with open(path, "rb", opener=_without_waiting) as file:
-                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                    raise BadImageError("unreadable", "it is no regular file")
+            with open_binary(path) as file:
                 file.seek(self.offset)
                 data = file.read(self.size)
         except OSError as error:
             if error.errno in NOT_THERE:
-                raise BadImageError("unreadable", os.strerror(error.errno)) from error
+                raise BadImageError("unreadable", str(error.strerror)) from error
             hint = f"{error.strerror}; the same command goes on once it can be read"
             raise OSError(error.errno, hint, path) from error
         if len(data) < self.size:
             raise BadImageError("unreadable", f"{len(data)} of {self.size} bytes are there")
         return data
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    """Open a file; a FIFO would keep us until somebody writes to it."""
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,16 +180,6 @@ def manifest(dataset: Dataset) -> str:
     content = {"format": FORMAT, "version": VERSION, "fingerprint": dataset.fingerprint, **asdict(dataset)}
     del content["root"]
     return json.dumps(content, indent=1)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file that is on the disk whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "w", encoding="ascii") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def read_dataset(path: str | Path, *, check: bool = True) -> Dataset:
@@ -332,7 +315,7 @@ def index_text(lines: Sequence[str]) -> str:
 def shard_fault(tar: str, index: str, shard: Shard) -> str | None:
     """What is wrong with the tar and the index that lie at these paths, or None."""
     try:
-        size, content = os.stat(tar).st_size, Path(index).read_bytes()
+        size, content = os.stat(tar).st_size, read_bytes(index)
     except OSError as error:
         return f"{error.filename} cannot be read ({error.strerror}), expected a shard of {shard.samples} samples"
     return content_fault(tar, index, shard, size, content)

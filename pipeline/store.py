@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote
 
+from files import open_binary, read_bytes
+
 Result = TypeVar("Result")
 
 PATIENCE_S = 300.0  # how long a request is tried again before it is an error
@@ -65,8 +67,7 @@ def fetch(addresses: Sequence[str], *, patience_s: float = 60.0) -> list[bytes]:
     requests = [_begin(each, each, whole, patience_s) if is_remote(each) else None for each in addresses]
     try:
         return [
-            request.result() if request else Path(each).read_bytes()
-            for each, request in zip(addresses, requests, strict=True)
+            request.result() if request else read_bytes(each) for each, request in zip(addresses, requests, strict=True)
         ]
     finally:
         for request in filter(None, requests):
@@ -82,7 +83,7 @@ def read_ranges(
     `fetch` does, and where the file ends before a part does.
     """
     if not is_remote(address):
-        with open(address, "rb") as file:
+        with open_binary(address) as file:
             parts = [os.pread(file.fileno(), size, offset) for offset, size in zip(offsets, sizes, strict=True)]
         for part, offset, size in zip(parts, offsets, sizes, strict=True):
             if len(part) != size:
@@ -133,7 +134,7 @@ def begin_range(
 
 def opened(address: str, *, patience_s: float = PATIENCE_S) -> io.BufferedIOBase:
     """A file to read and seek in. A remote one is fetched block by block and never held whole. Raises OSError."""
-    return io.BufferedReader(_RemoteFile(address, patience_s), 1 << 18) if is_remote(address) else open(address, "rb")
+    return io.BufferedReader(_RemoteFile(address, patience_s), 1 << 18) if is_remote(address) else open_binary(address)
 
 
 class _RemoteFile(io.RawIOBase):

@@ -7,13 +7,11 @@ writes the tars; it takes seconds to import, so only the writing process does.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import random
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -23,6 +21,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from files import (
+    MARK,
+    append,
+    create,
+    empty,
+    flush,
+    read_text,
+    remove,
+    remove_workspace,
+    take_unfinished,
+    write_new,
+    write_text,
+)
 from pipeline.entries import Tally, actions_text
 from pipeline.images import MAX_PIXELS, BadImageError, OnBad, Prepared, Rules, Store, ppm_shape, prepare
 from pipeline.shards import (
@@ -38,7 +49,6 @@ from pipeline.shards import (
     manifest,
     read_dataset,
     shard_fault,
-    write_text,
 )
 from pipeline.workers import in_order
 
@@ -124,7 +134,7 @@ def write_shards(
                     f"{first['detail']}. Nothing was written; images that decode are needed"
                 )
         except DatasetError:
-            (folder / JOURNAL).unlink(missing_ok=True)  # what is finished helps no call that could succeed
+            remove(folder / JOURNAL)  # what is finished helps no call that could succeed
             raise
         _write_manifest(folder, name, classes, options, parts, tally or Tally())
     return read_dataset(out)
@@ -163,10 +173,10 @@ def _write_manifest(
     files, lengths = [shard.file for shard in shards], [shard.samples for shard in shards]
     split = {"name": name, "num_samples": sum(lengths), "filenames": files, "shard_lengths": lengths}
     actions = [*(action for part in parts for action in part.actions), *tally.actions()]
-    write_text(folder / "actions.jsonl", actions_text(actions, counts, len(tally.lost)))
-    write_text(folder / "_info.json", json.dumps({"splits": {name: split}}, indent=1))
-    write_text(folder / "sizes.json", json.dumps(dict(zip(files, lengths, strict=True)), indent=1))
-    write_text(folder / "dataset.json", manifest(dataset))
+    write_new(folder / "actions.jsonl", actions_text(actions, counts, len(tally.lost)))
+    write_new(folder / "_info.json", json.dumps({"splits": {name: split}}, indent=1))
+    write_new(folder / "sizes.json", json.dumps(dict(zip(files, lengths, strict=True)), indent=1))
+    write_new(folder / "dataset.json", manifest(dataset))
 
 
 @contextlib.contextmanager
@@ -186,9 +196,10 @@ def publish(out: str | Path, keep: str | None = None) -> Iterator[Path]:
     """Yield a temporary folder beside `out` that becomes `out` when the block ends well, and vanishes when it fails.
 
     The folder is locked while the block runs; what a killed run left in it is removed first. `keep` names a file that
-    prevents both: a folder that holds it outlives failure, and is yielded as it was left. The file is removed last: a
-    run killed just before leaves it in `out`, which is whole.
-    Raises DatasetError if `out` is a file, a mount point, holds anything, or is being written by another process.
+    prevents both: a folder that holds it outlives failure, and is yielded as it was left. It and the mark of a folder
+    that is unfinished are removed last: a run killed just before leaves them in `out`, which is whole.
+    Raises DatasetError if `out` is a file, a mount point, holds anything, or is being written by another process, or
+    where anything else has the name of the temporary folder.
     """
     target = Path(out).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -199,40 +210,27 @@ def publish(out: str | Path, keep: str | None = None) -> Iterator[Path]:
     temporary = target.with_name(f".{target.name}.partial")
     kept = temporary / keep if keep else None
     try:
-        temporary.mkdir(parents=True, exist_ok=True)
-        lock = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY)
+        lock = take_unfinished(temporary)
+    except BlockingIOError as error:
+        raise DatasetError(f"{out} is being written by another process, which has locked {temporary}") from error
     except OSError as error:
         raise DatasetError(f"cannot write beside {out}: {error}") from error
     try:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = os.path.samestat(os.fstat(lock), os.stat(temporary))
-        except (BlockingIOError, FileNotFoundError):
-            held = False
-        if not held:
-            raise DatasetError(f"{out} is being written by another process, which has locked {temporary}")
-        try:
             if not (kept and kept.exists()):
-                _remove(temporary.iterdir())
+                empty(temporary)
             yield temporary
             os.fsync(lock)
             os.rename(temporary, target)  # fails if `out` has been filled meanwhile
         except BaseException:
             if not (kept and kept.exists()):
-                shutil.rmtree(temporary)
+                remove_workspace(temporary)
             raise
-        if keep:
-            (target / keep).unlink(missing_ok=True)
-        parent = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
-        os.fsync(parent)
-        os.close(parent)
+        for name in filter(None, (keep, MARK)):
+            remove(target / name)
+        flush(target.parent)
     finally:
         os.close(lock)
-
-
-def _remove(paths: Iterable[Path]) -> None:
-    for path in paths:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 # ---- what an interrupted run leaves to the next one
@@ -305,7 +303,7 @@ def _finished(folder: Path, job: dict[str, Any]) -> list[_Part]:
     journal = folder / JOURNAL
     if not journal.exists():
         return []
-    lines = journal.read_text(encoding="ascii", errors="replace").splitlines(keepends=True)
+    lines = read_text(journal, "ascii", "replace").splitlines(keepends=True)
     records: list[dict[str, Any]] = []
     with contextlib.suppress(ValueError):  # the last line may be cut off in the middle
         records.extend(map(json.loads, lines))
@@ -326,7 +324,7 @@ def _finished(folder: Path, job: dict[str, Any]) -> list[_Part]:
     if parts:
         write_text(journal, "".join(lines[: 1 + len(parts)]))
         known.add(JOURNAL)
-    _remove(path for path in list(folder.iterdir()) if path.name not in known)
+    empty(folder, keep=known)
     return parts
 
 
@@ -334,12 +332,9 @@ def _record(folder: Path, job: dict[str, Any], part: _Part) -> None:
     """Add a finished part to the journal; there is none before the first."""
     journal, line = folder / JOURNAL, f"{json.dumps(asdict(part))}\n"
     if journal.exists():
-        with open(journal, "a", encoding="ascii") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+        append(journal, line.encode())
     else:
-        write_text(journal, f"{json.dumps(job)}\n{line}")
+        write_new(journal, f"{json.dumps(job)}\n{line}")
 
 
 def _rename(folder: Path, shard: Shard, file: str) -> Shard:
@@ -377,7 +372,7 @@ def _write_shard(
     file, start, samples = task
     part, lines = _Part(), []
     shapes: set[tuple[int, int] | None] = set()
-    with open(folder / file, "wb") as raw:
+    with create(folder / file) as raw:
         tar = _Hashed(raw)
         with TarWriter(tar, user="", group="", mtime=0, encoder=False) as writer:
             for position, sample in enumerate(samples, start):
@@ -399,7 +394,7 @@ def _write_shard(
         raw.flush()
         os.fsync(raw.fileno())
     if not lines:
-        (folder / file).unlink()
+        remove(folder / file)
         return part
     index = index_text(lines)
     part.raw = shapes.pop() if len(shapes) == 1 else None
@@ -410,7 +405,7 @@ def _write_shard(
         sha256=tar.sha256.hexdigest(),
         index_sha256=hashlib.sha256(index.encode()).hexdigest(),
     )
-    write_text(folder / part.shard.index, index)
+    write_new(folder / part.shard.index, index)
     return part
 
 

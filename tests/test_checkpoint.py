@@ -19,6 +19,7 @@ from model.checkpoint import (
     OWN_HASH,
     DamagedError,
     NotFiniteError,
+    Saved,
     differences,
     export_encoder,
     latest,
@@ -247,9 +248,10 @@ def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch)
     folder = tmp_path / "checkpoints"
     save(folder, 1, model=model, optimizer=optimizer, extra={})
     files = ["model.safetensors", "optimizer.safetensors", "state.json"]
-    assert order == [*files, ".tmp-step-0000001", "rename to step-0000001", "checkpoints"]
+    assert order == [*files, "step-0000001", "rename to step-0000001", "checkpoints"]
     save(folder, 2, model=model, optimizer=optimizer, extra={}, keep=1)
-    assert order.index("rename to .tmp-step-0000001") > order.index("rename to step-0000002") + 1, "prune comes last"
+    moved = len(order) - 1 - order[::-1].index("rename to step-0000001")
+    assert moved > order.index("rename to step-0000002") + 1, "prune comes last"
 
 
 def test_kill_anywhere_in_an_export_leaves_a_whole_encoder(tmp_path, monkeypatch):
@@ -419,10 +421,11 @@ def test_the_newest_whole_checkpoint_is_found(tmp_path, name, how):
     damage(3)
     found, (fault,) = latest_whole(tmp_path)
     assert (found.name, f"step-0000003/{name}" in fault) == ("step-0000002", True)
-    assert set_aside_newer(found) == [tmp_path / "damaged-step-0000003"]
+    moved = f"a damaged checkpoint is now {tmp_path / 'damaged-step-0000003'}"
+    assert set_aside_newer(Saved(found, read_state(found))) == [moved]
     save(tmp_path, 3, model=model, optimizer=optimizer, extra={"lr": 0.25})
     damage(3)
-    assert set_aside_newer(latest_whole(tmp_path)[0]) == [tmp_path / "damaged-step-0000003"]
+    assert set_aside_newer(Saved(found, read_state(found))) == [f"{moved}-2"]
     damage(2)
     assert latest_whole(tmp_path)[0].name == "step-0000001"
     damage(1)
@@ -779,3 +782,29 @@ def test_a_file_that_is_no_resnet_is_refused(tmp_path):
         load_encoder(tmp_path / "linear.safetensors")
     with pytest.raises(ValueError, match="missing.safetensors does not exist"):
         load_encoder(tmp_path / "missing.safetensors")
+
+
+def test_nothing_is_saved_or_removed_through_a_link_nor_what_is_not_ours(tmp_path):
+    """A folder of checkpoints that leads elsewhere is refused; what only has a checkpoint's name is not pruned."""
+    model, optimizer = tiny(1.0)
+    victim = tmp_path / "victim"
+    kept = save(victim, 1, model=model, optimizer=optimizer, extra={})
+    (tmp_path / "checkpoints").symlink_to(victim)
+    with pytest.raises(OSError, match="symbolic link.*checkpoints"):
+        save(tmp_path / "checkpoints", 2, model=model, optimizer=optimizer, extra={}, keep=1)
+    assert list(victim.iterdir()) == [kept]
+    folder = tmp_path / "mine"
+    for name in ("step-0000001", ".tmp-step-0000002", ".checkpoint.abcdefgh.tmp"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "notes").write_text("mine")
+    (folder / "step-0000002").symlink_to(kept)
+    for step in (3, 4):
+        save(folder, step, model=model, optimizer=optimizer, extra={}, keep=1)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        ".checkpoint.abcdefgh.tmp",
+        ".tmp-step-0000002",
+        "step-0000001",
+        "step-0000004",
+    ]
+    assert len(list(folder.rglob("notes"))) == 3
+    assert read_state(kept)["step"] == 1

@@ -8,6 +8,8 @@ import pytest
 import timm
 import torch
 import torchvision
+import yaml
+from markdown_it import MarkdownIt
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -18,7 +20,8 @@ from model.checkpoint import export_encoder, load_encoder, load_head, read_metad
 from model.encoder import build_encoder
 from model.names import from_torchvision, to_torchvision
 from model.simclr import NUM_LAYERS, ProjectionHead, SimCLR
-from tools.export import app
+from pipeline.views import make_views
+from tools.export import app, card
 
 PREPARED = {"image_size": 32, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25], "interpolation": "bilinear"}
 TRAINING = {
@@ -340,3 +343,39 @@ def test_a_pickle_is_refused_with_a_way_out(tmp_path):
     with pytest.raises(ValueError, match=r"model.ckpt.*(not a safetensors file|header).*") as error:
         load_encoder(weights_file(tmp_path / "model.ckpt"))
     assert "safetensors.torch.save_file" in str(error.value)
+
+
+HOSTILE = "a|b\n# h\r- x `c` *b* _e_ snake_case [l](http://x) <img src=x> ![i](y) &amp; ~~s~~ \\ \x07\u2028\x85"
+HOSTILE += " \ud83d \U0001f600 ---"
+
+
+def test_what_the_card_quotes_stays_text():
+    """As rendered, each quoted value is its own characters, in one cell or line, and as YAML one value."""
+    training = TRAINING | {"recipe": HOSTILE, "config": {HOSTILE: HOSTILE}}
+    results = [(f"linear, {HOSTILE} to test", "1 %", "2 %")]
+    views = make_views("imagenet", {"size": 32})
+    text = card(HOSTILE, settled(), views, training, results, "torchvision", True, HOSTILE, HOSTILE)
+    text.encode()
+    _, header, body = text.split("---\n", 2)
+    assert yaml.safe_load(header)["license"] == HOSTILE.replace("\ud83d", "\ufffd")
+    tokens = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).parse(body)
+    inline = [part for token in tokens for part in token.children or []]
+    assert {part.type for part in inline} <= {"text", "text_special", "softbreak"}
+    assert not [token for token in tokens if "html" in token.type or "list" in token.type]
+    shown = "".join(c if c.isprintable() else " " for c in HOSTILE)
+    whole = ["".join(part.content for part in token.children) for token in tokens if token.type == "inline"]
+    assert squeezed(whole[0]) == squeezed(shown)
+    assert whole.count(whole[0]) == 5, "title, images, recipe and both sides of the option"
+
+
+def squeezed(text):
+    return " ".join(text.split())
+
+
+def test_a_strange_row_of_results_is_named(tmp_path):
+    source, _, _, weights = finished_run(tmp_path / "run")
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    for row in ({}, {"sha256": digest}, {"sha256": digest, "options": [], "evaluation": 1}):
+        weights.with_name("evaluation.jsonl").write_text(f"{json.dumps(row)}\n")
+        code, said = run(source, tmp_path / "out")
+        assert (code, "evaluation.jsonl, row 1 is not an evaluation's" in said) == (2, True), said

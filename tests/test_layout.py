@@ -20,7 +20,11 @@ HOMES = {  # library: the files that may import it
 
 
 def sources() -> list[Path]:
-    return [ROOT / "train.py", *(path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py")))]
+    return [
+        ROOT / "train.py",
+        ROOT / "files.py",
+        *(path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))),
+    ]
 
 
 def imports(path: Path, *, top_level: bool = False) -> set[str]:
@@ -63,6 +67,67 @@ def test_programs_import_nothing_slow_to_show_their_help(program: str) -> None:
     assert shown.stdout.splitlines()[-1].split() == ["slow:"]
 
 
+# Calls on paths that follow a link, wait for a pipe, or leave half a file, and the files that make them on purpose.
+RAW = {
+    "open",
+    "read_text",
+    "read_bytes",
+    "write_text",
+    "write_bytes",
+    "touch",
+    "unlink",
+    "rmtree",
+    "makedirs",
+    "rename",
+}
+RAW |= {"remove", "replace", "symlink_to", "savefig", "copyfile", "copytree", "move", "mkstemp", "mkdtemp"}
+HARMLESS = {
+    "pipeline/cache.py": {"open", "rename", "unlink"},  # its files are told by locks and names of their own
+    "pipeline/reader.py": {"open"},  # of a descriptor that the cache gives
+    "pipeline/audit.py": {"open"},  # of a folder, for its lock
+    "pipeline/write.py": {"rename"},  # in a folder that it made itself, and of that folder
+    "model/checkpoint.py": {"rename", "replace"},  # in a folder that it made itself, and out of it
+    "tools/doctor.py": {"read_text", "symlink_to"},  # of /proc and /sys; into a temporary folder
+    "benchmarks/measure.py": {"savefig", "write_text"},  # within `replacing`; to /proc
+    "benchmarks/scaling.py": {"write_text"},  # in a temporary folder
+}
+OPENERS = {"Image", "gzip", "lzma", "bz2", "tarfile", "webbrowser", "store"}  # have an `open` of their own
+
+
+def raw_calls(path: Path) -> set[str]:
+    """Names of RAW that a file calls on paths: functions of os and shutil, methods of a Path, and the builtin open."""
+    found = set()
+    tree = ast.parse(path.read_text())
+    importing = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    ours = {alias.asname or alias.name for node in importing for alias in node.names}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        called = node.func
+        if isinstance(called, ast.Name) and called.id == "open" and "open" not in ours:
+            found.add("open")
+        if isinstance(called, ast.Attribute) and called.attr in RAW:
+            of = called.value.id if isinstance(called.value, ast.Name) else ""
+            path = called.attr not in ("replace", "remove") or of == "os"  # of a list, or of a text, which takes two
+            path |= called.attr == "replace" and len(node.args) == 1
+            if path and not (of in ours and of not in ("os", "shutil", "tempfile") or of in OPENERS):
+                found.add(called.attr)
+    return found
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_are_opened_written_and_removed_in_one_place(path: Path) -> None:
+    """files.py reads regular files alone, follows no link where it writes, and leaves no half."""
+    name = str(path.relative_to(ROOT))
+    if name != "files.py":
+        reading: set[str] = set()
+        if name.startswith("benchmarks/"):  # records, and /proc
+            reading = {"read_text", "read_bytes"}
+        elif name.startswith("pipeline/sources"):  # what they have found to be a regular file
+            reading = {"open", "read_text", "read_bytes"}
+        assert not raw_calls(path) - HARMLESS.get(name, set()) - reading
+
+
 def test_nothing_is_unpickled() -> None:
     """A checkpoint or encoder from a stranger must not be able to run code."""
     for path in sources():
@@ -76,7 +141,7 @@ def test_the_top_level_holds_what_was_agreed() -> None:
     if tracked.returncode:
         pytest.skip("not a git checkout, so what is tracked cannot be listed")
     top = {line.split("/")[0] for line in tracked.stdout.splitlines()}
-    agreed = {"train.py", "pyproject.toml", "README.md", "LICENSE", "tests", *PACKAGES}
+    agreed = {"train.py", "files.py", "pyproject.toml", "README.md", "LICENSE", "tests", *PACKAGES}
     assert {name for name in top if not name.startswith(".")} <= agreed
 
 

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -15,8 +14,10 @@ from typing import Any
 
 import pytest
 
+import files
+from files import overwrite
 from model import run_folder
-from model.run_folder import FolderError, Log, append_rows, claim, is_empty, naming, overwrite, read_rows, write_text
+from model.run_folder import FolderError, Log, claim, is_empty, read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLD = "import sys, time; from pathlib import Path; from model.run_folder import claim\n"
@@ -155,7 +156,7 @@ def test_a_folder_that_cannot_be_written_in_is_the_callers_to_mend(tmp_path: Pat
     def read_only(path: Any, *_: Any, **__: Any) -> int:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
-    monkeypatch.setattr(run_folder.os, "open", read_only)
+    monkeypatch.setattr(files.os, "open", read_only)
     with pytest.raises(FolderError, match="new cannot be written in .*Read-only file system"), claim(tmp_path / "new"):
         pass
 
@@ -164,80 +165,9 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: Any) 
     def none(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(run_folder.fcntl, "flock", none)
+    monkeypatch.setattr(files.fcntl, "flock", none)
     with pytest.warns(UserWarning, match=f"{tmp_path.name} lies on a file system without locks"), claim(tmp_path):
         pass
-
-
-# ---- files ---------------------------------------------------------------------------------------------------------
-
-
-def test_what_is_replaced_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: Any) -> None:
-    """The bytes are flushed, then renamed; no link is followed; a failure leaves the old file and nothing else."""
-    file, victim, order = tmp_path / "status.json", tmp_path / "victim", []
-    file.write_text("old")
-    real_fsync, real_replace = os.fsync, os.replace
-
-    def fsync(descriptor: int) -> None:
-        order.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).read_text())
-        real_fsync(descriptor)
-
-    def replace(old: Path, new: Path) -> None:
-        order.append(f"rename to {new.name}")
-        real_replace(old, new)
-
-    monkeypatch.setattr(run_folder.os, "fsync", fsync)
-    monkeypatch.setattr(run_folder.os, "replace", replace)
-    (tmp_path / ".status.json.0.tmp").symlink_to(victim)
-    write_text(file, "new")
-    assert order == ["new", "rename to status.json"]
-    assert file.read_text() == "new"
-    assert not victim.exists()
-
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(run_folder.os, "fsync", full)
-    with pytest.raises(OSError, match=r"No space left on device: '.*status\.json"):
-        write_text(file, "newest")
-    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
-    assert file.read_text() == "new"
-
-
-def test_rows_are_added_whole_or_not_at_all(tmp_path: Path) -> None:
-    """A last line that was cut off goes first; a disk that is full in the middle of a row leaves the rows before it."""
-    file = tmp_path / "evaluation.jsonl"
-    append_rows(file, [{"a": 1}, {"b": 2}])
-    with file.open("a") as opened:
-        opened.write('{"c": ')
-    append_rows(file, [{"d": 4}])
-    assert read_rows(file) == [{"a": 1}, {"b": 2}, {"d": 4}]
-    before = file.read_bytes()
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (40, 40))
-            try:
-                append_rows(file, [{"long": "x" * 100}])
-            except OSError as error:
-                code = 0 if error.filename == str(file) else 2
-        finally:
-            os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    assert file.read_bytes() == before
-
-
-def test_several_processes_may_add_rows(tmp_path: Path) -> None:
-    """Evaluations of one encoder at once: every row is there, none torn."""
-    file = tmp_path / "evaluation.jsonl"
-    code = "import sys; from pathlib import Path; from model.run_folder import append_rows\n"
-    code += "for i in range(100): append_rows(Path(sys.argv[1]), [{'who': sys.argv[2], 'i': i, 'long': 'x' * 5000}])"
-    processes = [subprocess.Popen([sys.executable, "-c", code, str(file), who], cwd=ROOT) for who in "abc"]
-    assert [process.wait(60) for process in processes] == [0, 0, 0]
-    rows = read_rows(file)
-    assert sorted((row["who"], row["i"]) for row in rows) == [(who, i) for who in "abc" for i in range(100)]
 
 
 def test_lines_that_are_no_rows_are_named(tmp_path: Path) -> None:
@@ -249,15 +179,6 @@ def test_lines_that_are_no_rows_are_named(tmp_path: Path) -> None:
     assert [fault.partition(":")[0] for fault in faults] == ["line 2", "line 3", "line 4", "line 5"]
     with pytest.raises(ValueError, match="metrics.jsonl, line 2: expected JSON, got"):
         read_rows(file)
-
-
-def test_an_error_without_a_file_gets_one_and_others_keep_theirs(tmp_path: Path) -> None:
-    with pytest.raises(PermissionError, match="mine"), naming(tmp_path / "other"):
-        raise PermissionError(errno.EACCES, "no", "mine")
-    with pytest.raises(OSError, match="No space left on device: '.*/other'"), naming(tmp_path / "other"):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    with pytest.raises(OSError, match="^could not$"), naming(tmp_path / "other"):
-        raise OSError("could not")
 
 
 # ---- the log of a run ----------------------------------------------------------------------------------------------

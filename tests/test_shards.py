@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from files import MARK, MARK_TEXT, write_mark
 from pipeline.shards import Dataset, DatasetError, Sample, read_dataset
 from pipeline.write import publish, write_shards
 
@@ -378,13 +379,33 @@ def test_a_second_writer_is_refused(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_a_killed_run_do_not_get_in(tmp_path: Path) -> None:
-    """What an unlocked temporary folder holds is thrown away."""
+    """What an unlocked temporary folder of ours holds is thrown away."""
     (tmp_path / ".set.partial" / "old").mkdir(parents=True)
+    write_mark(tmp_path / ".set.partial")
     (tmp_path / ".set.partial" / "train-000099.tar").write_text("old")
     write_shards(pictures(3), tmp_path / "set", classes=names(3))
     clean = write_shards(pictures(3), tmp_path / "clean", classes=names(3))
     assert set(contents(tmp_path / "set")) == set(contents(clean.root))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["clean", "set"]
+
+
+@pytest.mark.parametrize("what", ["folder", "link", "file"])
+def test_nobodys_folder_is_emptied_for_its_name(what: str, tmp_path: Path) -> None:
+    """What lies at the temporary name and is not ours is named, and stays as it is; so does what a link leads to."""
+    temporary, victim = tmp_path / ".set.partial", tmp_path / "victim"
+    victim.mkdir()
+    (victim / "mine").write_text("mine")
+    if what == "folder":
+        victim.rename(temporary)
+    elif what == "link":
+        (victim / MARK).write_bytes(MARK_TEXT)
+        temporary.symlink_to(victim)
+    else:
+        temporary.write_text("mine")
+    before = sorted((path, path.is_dir() or path.read_text()) for path in tmp_path.rglob("*"))
+    with pytest.raises(DatasetError, match=r"in the way.*remove it: '.*\.set\.partial'"):
+        write_shards(pictures(3), tmp_path / "set", classes=names(3))
+    assert sorted((path, path.is_dir() or path.read_text()) for path in tmp_path.rglob("*")) == before
 
 
 # ---- interrupted and started again
@@ -441,10 +462,10 @@ def test_a_disk_that_fails_for_a_while_drops_no_image(tmp_path: Path, monkeypatc
         opened.extend([path] if path.suffix == ".jpg" else [])
         if len(opened) == 10:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return open(path, *arguments, **options)
+        return open(path, "rb", *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.shards.open", fail_at_the_tenth, raising=False)
+        patch.setattr("pipeline.shards.open_binary", fail_at_the_tenth)
         with pytest.raises(OSError, match=r"Input/output error; the same command goes on .*/\d+.jpg"):
             write_shards(out=tmp_path / "set", shard_size=3, **call)
     done: list[int] = []

@@ -286,11 +286,12 @@ class Study:
     def fit(self, run: Path, changes: list[str], seed: int) -> dict[str, Any]:
         """Train to the end, from the newest checkpoint if there is one: what the finished run says of itself."""
         from benchmarks.training import training_s
+        from files import read_text
         from model.run_folder import read_rows
 
         fixed = ["--data", self.train.root, "--out", run, "--resume", "--seed", seed]
         self.call("train.py", [*self.settings, *changes, *fixed], run)
-        config = json.loads((run / "config.json").read_text())
+        config = json.loads(read_text(run / "config.json"))
         metrics, speed = read_rows(run / "metrics.jsonl"), read_rows(run / "speed.jsonl")
         losses = [row["loss"] for row in metrics if row.get("loss") is not None]
         return {
@@ -301,10 +302,11 @@ class Study:
 
     def score(self, encoder: Path, run: Path, *options: object) -> dict[str, Any]:
         """Top-1 of the frozen features by each of SCORES."""
+        from files import remove
         from model.run_folder import read_rows
 
         results = run.with_name(f"{run.name}.jsonl")
-        results.unlink(missing_ok=True)  # of a scoring that was interrupted
+        remove(results)  # of a scoring that was interrupted
         run.parent.mkdir(parents=True, exist_ok=True)
         sets = [encoder, self.train.root, self.test.root, "--results", results]
         self.call("tools/evaluate.py", ["knn", *sets, "--k", 200, *options], run)
@@ -330,10 +332,12 @@ class Study:
         append((self.out / "results.csv").resolve(), [row])
 
     def results(self) -> list[dict[str, str]]:
+        from files import open_text
+
         path = self.out / "results.csv"
         if not path.exists():
             return []
-        with path.open(newline="") as file:
+        with open_text(path, newline="") as file:
             return list(csv.DictReader(file))
 
     def call(self, program: str, words: Iterable[object], run: Path) -> None:
@@ -342,10 +346,12 @@ class Study:
         Raises CellError if it fails, and Stopped, once it has ended, if it or this process is asked to stop. Should
         this process be killed, the program is asked to stop, and keeps the folder claimed until it has.
         """
+        from files import open_to_append, read_text
+
         log = run.with_name(f"{run.name}.log")
         log.parent.mkdir(parents=True, exist_ok=True)
         libc = ctypes.CDLL(None)
-        with open(log, "a") as file:
+        with open_to_append(log) as file:
             process = subprocess.Popen(
                 [sys.executable, str(ROOT / program), *map(str, words)],
                 stdout=file,
@@ -363,7 +369,7 @@ class Study:
         if code == PREEMPTED:
             raise Stopped
         if code:
-            said = [line for line in log.read_text(errors="replace").splitlines() if any(map(str.isalnum, line))]
+            said = [line for line in read_text(log, errors="replace").splitlines() if any(map(str.isalnum, line))]
             how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
             raise CellError(f"{program} ended with {how}: {said[-1].strip(' │') if said else 'no word'} ({log})", code)
 
@@ -371,7 +377,8 @@ class Study:
 @contextmanager
 def study(name: str, settings: list[str], data: Path, eval_data: Path, out: Path) -> Iterator[Study]:
     """Claims the folder for this process and for this grid alone. Raises ValueError for what the caller can mend."""
-    from model.run_folder import claim, is_empty, write_text
+    from files import read_bytes, write_text
+    from model.run_folder import claim, is_empty
     from pipeline.shards import LABEL_BOTH, label_difference, read_dataset
 
     train, test = read_dataset(data), read_dataset(eval_data)
@@ -384,7 +391,7 @@ def study(name: str, settings: list[str], data: Path, eval_data: Path, out: Path
     with claim(out, "ablate.py, or a training of its that has yet to stop") as mine:
         if any(out.glob("*=*/**/checkpoints/step-*")):
             try:
-                there = json.loads(told.read_bytes())
+                there = json.loads(read_bytes(told))
                 changed = [
                     f"{key}: {there[key]} there, {value} now" for key, value in this.items() if there[key] != value
                 ]
@@ -438,6 +445,8 @@ def draw(name: str, rows: Sequence[Mapping[str, str]], path: Path) -> None:
     """The paper's figure, for each score, from the rows of results.csv alone."""
     try:
         from matplotlib.figure import Figure
+
+        from benchmarks.measure import save_plot
     except ModuleNotFoundError:
         typer.echo(f"no {path}: matplotlib is missing; pip install -e '.[eval]', and the same command draws it")
         return
@@ -457,7 +466,7 @@ def draw(name: str, rows: Sequence[Mapping[str, str]], path: Path) -> None:
     seeds = len({row["seed"] for row in rows})
     title = f"{name}: {rows[-1]['data']}, seeds: {seeds}, {rows[-1]['settings']}"
     figure.suptitle(textwrap.fill(title, 150, break_on_hyphens=False), fontsize=8)
-    figure.savefig(path, dpi=110)
+    save_plot(figure, path, 110)
     typer.echo(str(path))
 
 

@@ -278,6 +278,7 @@ def decoder(device: "torch.device") -> Finding:
 
 def shards(dataset: "Dataset") -> Finding:
     """All tars may be read, and some, chosen at random, hold the bytes that were written; `read_dataset` has run."""
+    from files import write_new
     from pipeline.audit import verify
     from pipeline.shards import manifest
     from pipeline.store import is_remote
@@ -303,7 +304,7 @@ def shards(dataset: "Dataset") -> Finding:
                 (folder / link).symlink_to(Path(file).resolve())
         samples = sum(shard.samples for shard in part)
         smaller = replace(dataset, shards=tuple(part), samples=samples, tars_at=dataset.tars_at and str(folder))
-        (folder / "dataset.json").write_text(manifest(smaller), encoding="ascii")
+        write_new(folder / "dataset.json", manifest(smaller))
         faults = verify(folder)
     if faults:
         place = f"{faults[0].shard} {faults[0].key or ''}".rstrip()
@@ -364,9 +365,11 @@ def disk(dataset: "Dataset", images_per_s: float) -> Finding:
 
 def read_rate(dataset: "Dataset", *, forget: bool) -> float:
     """Bytes per second of reading tars for half a second; `forget` asks the page cache to drop each tar first."""
+    from files import open_binary
+
     num, seconds, start = 0, 0.0, time.monotonic()
     for shard in dataset.shards:
-        with open(dataset.tar(shard), "rb", buffering=0) as tar:
+        with open_binary(dataset.tar(shard)) as tar:
             if forget:
                 os.posix_fadvise(tar.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             while seconds < 0.5 and (chunk := tar.read(8 * MIB)):

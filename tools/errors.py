@@ -8,6 +8,7 @@ import typer
 
 # A path that cannot be used as it was given. What passes or needs room, such as a full disk, is none of the caller's.
 WRONG_PATH = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
+WRONG_PATH |= {errno.ELOOP, errno.ENXIO}  # a link, or a pipe, in place of a file
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ tools/evaluate.py found for exactly these weights. OUT appears when it is comple
 
 import hashlib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -40,13 +41,13 @@ def export(
     ] = None,
 ) -> None:
     """Write an encoder, its configuration for timm, and its model card to a new folder."""
+    from files import MARK, write_new
     from tools.errors import one_message
 
     with one_message("export"):
         import torch
 
         from model.checkpoint import export_encoder, load_encoder, load_head, save_head, weights_file
-        from model.run_folder import write_text
         from pipeline.views import make_views, parse_changes
         from pipeline.write import publish
         from tools.runs import head_file, training_of
@@ -76,8 +77,8 @@ def export(
             timm = (folder / "config.json").exists()
             results = results_of(file, training.get("steps"))
             text = card(out.resolve().name, network, views, training, results, names, timm, license, dataset)
-            write_text(folder / "README.md", text)
-            written = sorted(path.name for path in folder.iterdir())
+            write_new(folder / "README.md", text)
+            written = sorted(path.name for path in folder.iterdir() if path.name != MARK)
         typer.echo(f"{out}: {', '.join(written)}")
 
 
@@ -86,6 +87,7 @@ def results_of(weights: Path, steps: int | None) -> list[tuple[str, str, str]]:
 
     The run's kNN is that of the start and of `steps`, which is where these weights stand.
     """
+    from files import open_binary
     from model.run_folder import read_rows
 
     found = []
@@ -93,19 +95,27 @@ def results_of(weights: Path, steps: int | None) -> list[tuple[str, str, str]]:
     for row in read_rows(metrics) if metrics.is_file() else []:
         if "knn" in row and row["step"] in (0, steps):
             found.append((f"kNN in training, step {row['step']}", _percent(row["knn"]), ""))
-    with open(weights, "rb") as opened:
+    with open_binary(weights) as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    for row in read_rows(rows) if rows.is_file() else []:
-        if row["sha256"] != digest:
-            continue
-        options, kind = row["options"], row["evaluation"]
-        how = {"cached": "cached features", "labels": f"{options.get('labels')} labels", "l2": "l2 swept"}
-        words = [text for name, text in how.items() if options.get(name)]
-        words += [f"{row['train']['name']} to {row['test']['name']}"]
-        for name, scores in row["scores"].items():
-            if name != "from scratch":  # other weights
-                what = ", ".join([kind, *([name] if name not in (kind, "pre-trained") else []), *words])
-                found.append((what, _percent(scores["top1"]), _percent(scores["top5"])))
+    for number, row in enumerate(read_rows(rows) if rows.is_file() else [], 1):
+        try:
+            if row["sha256"] == digest:
+                found += _scores(row)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{rows}, row {number} is not an evaluation's: {error!r}") from error
+    return found
+
+
+def _scores(row: dict[str, Any]) -> list[tuple[str, str, str]]:
+    options, kind = row["options"], row["evaluation"]
+    how = {"cached": "cached features", "labels": f"{options.get('labels')} labels", "l2": "l2 swept"}
+    words = [text for name, text in how.items() if options.get(name)]
+    words += [f"{row['train']['name']} to {row['test']['name']}"]
+    found = []
+    for name, scores in row["scores"].items():
+        if name != "from scratch":  # other weights
+            what = ", ".join([kind, *([name] if name not in (kind, "pre-trained") else []), *words])
+            found.append((what, _percent(scores["top1"]), _percent(scores["top5"])))
     return found
 
 
@@ -120,12 +130,12 @@ def card(
     license: str,
     dataset: str,
 ) -> str:
-    """The model card, markdown under YAML; only what is known is in it."""
+    """The model card, Markdown under YAML; only what is known is in it, and what it quotes is text alone."""
     depth, millions = network.depth, sum(param.numel() for param in network.parameters()) / 1e6
     tags = [*(["simclr", "self-supervised"] if training else []), *(["timm"] if timm else [])]
     head = {"license": license, "library_name": "timm" if timm else "swiftclr", "tags": tags}
     head["pipeline_tag"] = "image-feature-extraction"
-    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", "", f"# {title}", ""]
+    lines = ["---", *(f"{key}: {_yaml(value)}" for key, value in head.items()), "---", "", f"# {_text(title)}", ""]
     lines += [
         f"A ResNet-{depth} encoder (width {network.width:g}, {network.stem} stem, {millions:.1f} M parameters) without "
         f"classifier: images to {network.num_features} features"
@@ -174,23 +184,45 @@ def card(
         k: v for k, v in config.items() if k not in ("steps", "views")
     }
     told |= {f"views: {name}": value for name, value in config.get("views", {}).items()}
-    rows = [f"| {name} | {value} |" for name, value in told.items() if value not in (None, "")]
+    rows = [f"| {_text(name)} | {_text(value)} |" for name, value in told.items() if value not in (None, "")]
     if training:
         lines += ["| what | value |", "|---|---|", *rows, ""]
     else:
         lines += ["The file that these weights came from does not say how they were trained.", ""]
     lines += ["## Results", ""]
     if results:
-        lines += ["| evaluation | top-1 | top-5 |", "|---|---|---|", *(f"| {' | '.join(each)} |" for each in results)]
+        lines += [
+            "| evaluation | top-1 | top-5 |",
+            "|---|---|---|",
+            *(f"| {' | '.join(map(_text, each))} |" for each in results),
+        ]
     else:
         lines += ["None measured."]
     lines += [
         "",
         "## Licence",
         "",
-        f"Of the weights: {license}. The licence of the training images may limit their use.",
+        f"Of the weights: {_text(license)}. The licence of the training images may limit their use.",
     ]
     return "\n".join([*lines, ""])
+
+
+def _text(value: object) -> str:
+    """A value as Markdown that shows its characters, in one line and one cell of a table."""
+    plain = " ".join(re.sub(r"[^ -~\xa0-\ud7ff\ue000-\U0010ffff]", " ", str(value)).split())
+    # an underscore within a word is one; a dot or bracket behind a number, a sign or a line would only matter at the
+    # start of a line, where no value stands
+    return re.sub(r"[\\`*\[\]<>|~&$!#]|(?<!\w)_|_(?!\w)", r"\\\g<0>", plain)
+
+
+def _yaml(value: object) -> str:
+    """JSON as YAML takes it, which knows no surrogates."""
+    plain = json.dumps(value, ensure_ascii=False)
+    return re.sub(
+        r"[^ -~\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]",
+        lambda found: "\ufffd" if "\ud800" <= found[0] <= "\udfff" else f"\\u{ord(found[0]):04x}",
+        plain,
+    )
 
 
 def _percent(share: float) -> str:

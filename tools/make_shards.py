@@ -342,6 +342,7 @@ def verify(
 
     Every fault is printed with its shard and key. Exit code 0: none; 1: some; 2: there is no manifest to go by.
     """
+    from files import write_new
     from tools.errors import one_message
 
     with one_message("make_shards"):
@@ -350,7 +351,7 @@ def verify(
         from pipeline.audit import verify
         from pipeline.shards import DatasetError, read_dataset
 
-        if report and report.exists():
+        if report and os.path.lexists(report):
             raise DatasetError(f"{report} exists, and nothing is ever overwritten: give a new file")
         dataset = read_dataset(folder, check=False)
         start = time.monotonic()
@@ -360,7 +361,7 @@ def verify(
         for fault in faults:
             typer.echo(f"{fault.shard}{f' {fault.key}' if fault.key else ''}: {fault.problem}")
         if report:
-            report.write_text("".join(f"{json.dumps(asdict(fault))}\n" for fault in faults), encoding="ascii")
+            write_new(report, "".join(f"{json.dumps(asdict(fault))}\n" for fault in faults))
         mib = sum(shard.bytes for shard in dataset.shards) / 2**20
         rate = f"{dataset.samples / seconds:.0f} samples/s, {mib / seconds:.0f} MiB/s"
         found = f"{len(faults) or 'no'} fault{'s' * (len(faults) > 1)}"
@@ -382,6 +383,7 @@ def quarantine(
     New indexes are written beside the old ones and dataset.json is replaced. To undo every quarantine, put
     dataset.json.original back in its place. A run that has begun does not resume on the changed data set.
     """
+    from files import read_text
     from tools.errors import one_message
 
     with one_message("make_shards"):
@@ -391,7 +393,7 @@ def quarantine(
         chosen = list(keys or ())
         if report:
             try:
-                faults = [json.loads(line) for line in report.read_text(encoding="ascii").splitlines()]
+                faults = [json.loads(line) for line in read_text(report, "ascii").splitlines()]
                 chosen += [f"{fault['shard']}/{fault['key']}" for fault in faults if fault["key"]]
             except (ValueError, KeyError, TypeError) as error:
                 raise DatasetError(f"{report} is not a report of verify: {type(error).__name__}: {error}") from error

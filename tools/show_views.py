@@ -31,12 +31,12 @@ def show(
     seed: Annotated[int, typer.Option(help="Of the first pair's draws; the next pair takes the next seed.")] = 0,
 ) -> None:
     """Write a PNG grid of images and their augmented views."""
+    from files import replacing
     from tools.errors import one_message
 
     with one_message("show_views"):
         from torchvision.utils import save_image
 
-        from model.run_folder import naming
         from pipeline.shards import read_dataset
         from pipeline.views import make_views, parse_changes
 
@@ -45,9 +45,8 @@ def show(
         dataset = read_dataset(data)
         images = min(images, dataset.samples)
         drawn = grid(dataset, config, second, images=images, pairs=pairs, seed=seed)
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        with naming(picture):
-            save_image(drawn, picture)
+        with replacing(picture) as partial:
+            save_image(drawn, partial, format="png")
         typer.echo(f"{picture}: {images} images, each with {pairs} pairs of views at {config.size} px")
 
 
