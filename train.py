@@ -28,10 +28,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from model.run_folder import Log, Preempted, claim_for_all, is_empty, next_free, replacing
+from files import replacing
+from model.run_folder import Log, Preempted, claim_for_all, is_empty, next_free
 from pipeline.views import VIEWS, ViewConfig, make_views
 from tools.command import RunError, answer_help_and_mistakes, train_command
 from tools.options import check_ranges, option, options_of
+from tools.ranks import RANKS_WAIT, naming_lost_ranks
 from tools.signals import Stop
 
 KNN_BANK = 100_000  # samples that vote in the kNN of a running training, from all over the data set
@@ -88,14 +90,23 @@ class TrainConfig:
     precision: Literal["bf16", "no"] = option("bf16", "Mixed precision of encoder and head.")
     compile: Literal["on", "off"] = option("off", "torch.compile the network; no record has it ahead by enough.")
     sync_bn: bool = option(False, "BatchNorm statistics over all GPUs, as the paper; costs time.")
-    seed: int = option(0, "Of weights, order and views.", at_least=0)
+    seed: int = option(0, "Of weights, order and views.", at_least=0, less_than=2**63)
 
     cpu_threads: int = option(
-        0, "torch's threads per process on CPUs; 0: its share of the cores.", at_least=0, may_change=True
+        0,
+        "torch's threads per process on CPUs; 0: its share of the cores.",
+        at_least=0,
+        less_than=4096,
+        may_change=True,
     )
-    num_threads: int = option(0, "DALI's threads per process; 0: its share of the cores.", at_least=0, may_change=True)
+    num_threads: int = option(
+        0, "DALI's threads per process; 0: its share of the cores.", at_least=0, less_than=4096, may_change=True
+    )
     window: int = option(
-        0, "Shards whose samples are mixed together. 0: all of them; from object storage 16, fetched ahead.", at_least=0
+        0,
+        "Shards whose samples are mixed together. 0: all of them; from object storage 16, fetched ahead.",
+        at_least=0,
+        less_than=2**31,
     )
     lanes: int = option(
         0,
@@ -104,6 +115,9 @@ class TrainConfig:
     )
     cache: str = option("", "Folder for shards from object storage. (default: ~/.cache/swiftclr)", may_change=True)
     cache_gib: float = option(100.0, "Most that the cache may hold, in GiB.", more_than=0, may_change=True)
+    data_timeout: float = option(
+        300.0, "Seconds without a batch that end the run, naming rank and shard.", more_than=0, may_change=True
+    )
     skip_damaged: int = option(
         0,
         "Replace up to so many damaged samples by others, named in damaged.jsonl; 0: the first one ends the run.",
@@ -244,7 +258,7 @@ from pipeline.demo import write_demo
 from pipeline.loader import Loader, LoaderError, build_eval_loader
 from pipeline.order import divide
 from pipeline.shards import LABEL_BOTH, Dataset, label_difference, read_dataset
-from pipeline.store import is_remote
+from pipeline.store import PATIENCE_S, is_remote
 from pipeline.workers import local_world_size, share_of_cores
 
 # ---- a run, from its folder to its encoder -------------------------------------------------------------------------
@@ -335,12 +349,17 @@ def train(
             track=(lambda values, step: accelerator.log(values, step=step)) if config.track else None,
         )
 
-        def evaluate() -> None:
-            if queries:
-                report.accuracy(step, knn_accuracy(config, training.encoder, dataset, queries, accelerator))
+        def evaluate() -> bool:
+            """Whether it was done: a signal interrupts it, and the resumed run does it first."""
+            assert queries
+            accuracy = knn_accuracy(config, training.encoder, dataset, queries, accelerator, stop)
+            if accuracy is not None:
+                report.accuracy(step, accuracy)
+            return accuracy is not None
 
-        if step == 0:
-            evaluate()
+        due = what_is_due(config, step, total_steps, loader.steps_per_epoch)
+        if due.evaluate and not of_main(step in log.knn()) and not evaluate():
+            raise Preempted(f"stopped by a signal before step {step + 1}; go on with --resume --out {log.out}")
         report.start_clock()
         while step < total_steps:
             lr = lr_at(step)
@@ -354,13 +373,13 @@ def train(
             if any(due) or stopping:
                 share_damaged(loader, log, config.skip_damaged)
                 report.write(loader.take_wait_s(), training.z if due.log else None)
-            if due.evaluate:
-                evaluate()
+            evaluated = not due.evaluate or (not stopping and evaluate())
+            stopping = stopping or not evaluated
             if due.save or stopping:
                 save(config, recipe, log, training, loader, probe, processes=world_size, skipped=report.skipped)
             if due.evaluate or due.save:
                 report.start_clock()
-            if stopping and step < total_steps:
+            if stopping and not (step == total_steps and evaluated):
                 raise Preempted(f"stopped by a signal at step {step}; go on with --resume --out {log.out}")
 
         # The encoder
@@ -395,7 +414,8 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         log_with=config.track or None,
         project_dir=".",  # the run folder, once it is known
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(minutes=10)),
+            # a little more, for accelerate drops a value that equals its own default, and gloo then waits half an hour
+            InitProcessGroupKwargs(timeout=RANKS_WAIT + timedelta(milliseconds=1)),
             DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
         ],
     )
@@ -424,7 +444,7 @@ def open_run(
     accelerator.project_configuration.project_dir = accelerator.project_configuration.logging_dir = str(out)
     with claim_for_all(out, accelerator.is_main_process, of_main) as holder:
         log = Log(out, accelerator.process_index, holder)
-        with log.outcome():
+        with log.outcome(), naming_lost_ranks(accelerator.process_index, accelerator.num_processes):
             newest = newest_for_all(out / "checkpoints", accelerator) if resume else None
             saved = Saved(newest, checkpoint.read_state(newest)) if newest else None
             log.step = saved.state["step"] if saved else 0
@@ -536,12 +556,14 @@ def build_loader(
         micro_batch=config.micro_batch,
         second_views=config.second_views,
         skip_damaged=config.skip_damaged,
+        timeout_s=config.data_timeout,
         cache=cache_for(
             dataset,
             config.cache,
             config.cache_gib,
             window=config.window,
             lanes=math.ceil(config.lanes * local_world_size() / world_size),
+            patience_s=min(PATIENCE_S, 0.8 * config.data_timeout),  # so that the store's complaint comes first
         ),
     )
 
@@ -669,7 +691,7 @@ def what_is_due(config: TrainConfig, step: int, total_steps: int, steps_per_epoc
     return Due(
         log=last or step % config.log_every == 0,
         save=last or step % config.checkpoint_every == 0,
-        evaluate=bool(config.eval_data) and (last or (knn_steps > 0 and step % knn_steps == 0)),
+        evaluate=bool(config.eval_data) and (last or step == 0 or (knn_steps > 0 and step % knn_steps == 0)),
     )
 
 
@@ -715,10 +737,16 @@ def share_damaged(loader: Loader, log: Log, most: int) -> None:
 
 
 def knn_accuracy(
-    config: TrainConfig, encoder: Encoder, bank: Dataset, queries: Dataset, accelerator: Accelerator
-) -> float:
-    """Weighted kNN top-1 (k = 200, temperature 0.1) of `queries`; every process encodes a part, all get the result."""
-    device, parts = accelerator.device, []
+    config: TrainConfig, encoder: Encoder, bank: Dataset, queries: Dataset, accelerator: Accelerator, stop: Stop
+) -> float | None:
+    """Weighted kNN top-1 (k = 200, temperature 0.1) of `queries`; every process encodes a part, all get the result.
+
+    None on all of them if one was asked to stop meanwhile.
+    """
+    device, processes, parts = accelerator.device, accelerator.num_processes, []
+    together = functools.partial(stop.together, processes=processes, gather=accelerator.gather, device=device)
+    # a process that is asked to stop tells the others between two batches, which on a CPU must not take long
+    batch_size = EVAL_BATCH if device.type == "cuda" else max(1, min(EVAL_BATCH, 2**21 // config.views.size**2))
     if accelerator.num_processes > 1:
         for buffer in encoder.buffers():  # one encoder for all: the running statistics that are saved and exported
             dist.broadcast(buffer, 0)
@@ -726,18 +754,22 @@ def knn_accuracy(
         batches = build_eval_loader(
             dataset,
             config.views,
-            EVAL_BATCH,
+            batch_size,
             device,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
             num_threads=config.num_threads or share_of_cores(),
             samples=KNN_BANK,
         )
+        shared = min(KNN_BANK, dataset.samples) // processes // batch_size  # batches that all have
         with accelerator.autocast():
-            parts += [gathered(accelerator, rows) for rows in features(encoder, batches, device)]
-    assert bank.classes is not None
+            encoded = together(functools.partial(features, encoder, device=device), batches, shared)
+        if encoded is None:
+            return None
+        parts += [gathered(accelerator, rows) for rows in encoded]
+    num_classes = len(bank.classes or ())
     with torch.no_grad():
-        return knn(*parts, num_classes=len(bank.classes), device=device)
+        return together(lambda _: knn(*parts, num_classes=num_classes, device=device))
 
 
 def gathered(accelerator: Accelerator, rows: Tensor) -> Tensor:

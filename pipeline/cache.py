@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from files import descriptor_of
 from pipeline.shards import Dataset
 from pipeline.store import PATIENCE_S, begin_range, is_remote
 
@@ -37,7 +38,9 @@ def default_cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "swiftclr"
 
 
-def cache_for(dataset: Dataset, folder: str, gib: float, *, window: int, lanes: int) -> "Cache | None":
+def cache_for(
+    dataset: Dataset, folder: str, gib: float, *, window: int, lanes: int, patience_s: float = PATIENCE_S
+) -> "Cache | None":
     """Where shards from object storage are kept, None for those on a disk.
 
     folder  "" is `default_cache_folder`
@@ -53,7 +56,7 @@ def cache_for(dataset: Dataset, folder: str, gib: float, *, window: int, lanes: 
             f"--cache-gib {gib:g} is too little for the shards in use and the next ones: windows of {window} shards, "
             f"two of each of this node's {lanes} lane(s), take up to {needed:.3g} GiB. Allow more, or lower --window"
         )
-    return Cache(Path(folder) if folder else default_cache_folder(), int(gib * 2**30))
+    return Cache(Path(folder) if folder else default_cache_folder(), int(gib * 2**30), patience_s=patience_s)
 
 
 @dataclass(frozen=True)
@@ -234,7 +237,7 @@ class Cache:
     def _opened(self, item: _Item) -> int | None:
         """A descriptor of a shard that is here, under a shared lock; None if it is not here."""
         try:
-            descriptor = os.open(self._file(item), os.O_RDONLY | os.O_NOFOLLOW)
+            descriptor = descriptor_of(self._file(item), os.O_RDONLY | os.O_NOFOLLOW)
         except FileNotFoundError:
             return None
         fcntl.flock(descriptor, fcntl.LOCK_SH)
@@ -268,7 +271,7 @@ class Cache:
         """An empty part under our lock, with room made for it; None as in `_brought`. Raises _NoRoom."""
         part = self._file(item, "part")
         with self._locked():
-            descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            descriptor = descriptor_of(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
             if not _lock(descriptor) or not _is_named(descriptor, part):
                 os.close(descriptor)
                 return None
@@ -332,7 +335,7 @@ class Cache:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        descriptor = descriptor_of(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
@@ -383,7 +386,7 @@ class Cache:
     def _delete(self, name: str) -> bool:
         """Delete a file unless someone holds a lock on it; returns whether it is gone."""
         path = self.folder / name
-        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+        descriptor = descriptor_of(path, os.O_RDWR | os.O_NOFOLLOW)
         try:
             if not _lock(descriptor):
                 return False

@@ -14,6 +14,7 @@ import gc
 import io
 import itertools
 import os
+import sys
 import threading
 import time
 import warnings
@@ -31,7 +32,7 @@ from torch import Tensor
 
 from pipeline.colour import finish
 from pipeline.order import Numbers, Order, divide
-from pipeline.reader import DamagedError, Encoded, Reader, ahead
+from pipeline.reader import DamagedError, Encoded, Reader, StalledError, ahead
 from pipeline.shards import Dataset, DatasetError
 from pipeline.views import Draws, ViewConfig, check_pair, draw
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 IN_FLIGHT = 1 << 28  # bytes of encoded images that are read ahead, if one batch is not more by itself
+TIMEOUT_S = 300.0  # without a batch: a disk that does not answer, rather than a slow one
 MOST_AHEAD = 4  # batches
 IN_GRAPH = 4  # batches whose images DALI may still hold: it prepares two ahead
 
@@ -124,6 +126,7 @@ class Loader:
         second_views: ViewConfig | None = None,
         hw_decoder_load: float = 0.65,
         skip_damaged: int = 0,
+        timeout_s: float = TIMEOUT_S,
         cache: "Cache | None" = None,
     ) -> None:
         """
@@ -139,9 +142,10 @@ class Loader:
         second_views the distribution of the second view of each image, if it is not that of the first
         hw_decoder_load  share of a batch's JPEGs that the GPU's hardware decoder takes, where it has one (A100, Hopper)
         skip_damaged samples that may be damaged before this rank gives up; each is replaced by `Order.substitutes`
+        timeout_s    how long a batch is waited for
         cache        where shards of object storage are kept; without, samples are read from it by ranges
         Raises ValueError for arguments out of range or a data set smaller than one batch, LoaderError where a batch
-        cannot be read.
+        cannot be read or does not come.
         """
         check_pair(views, second_views or views)
         if not 0 <= hw_decoder_load <= 1:
@@ -168,7 +172,7 @@ class Loader:
         self._hw_decoder_load, self._cache = hw_decoder_load, cache
         self._near: tuple[int, dict[int, range]] | None = None  # epoch and windows that the cache was asked for last
         self._damaged: dict[int, str] = {}  # samples that were replaced, and what is wrong with each
-        self._skip_damaged = skip_damaged
+        self._skip_damaged, self._timeout_s = skip_damaged, timeout_s
         self._noting = threading.Lock()
         self._pipe: Pipeline | None = None  # goes before the feed, whose images it may still read
         self._feed = _Feed(iter(()))
@@ -184,10 +188,12 @@ class Loader:
         start = self._mark()
         waiting = self._ahead or self._submit(self._runs)
         try:
-            batch, made = waiting.result()
-        except BaseException:
+            batch, made = waiting.result(self._timeout_s)
+        except BaseException as error:
             self._ahead = waiting  # it says so again, for this rank must not get out of step with the others
-            raise
+            if not isinstance(error, TimeoutError) or waiting.done():
+                raise
+            raise stalled(self._failed(self._runs), self._timeout_s, self.reader) from None
         if made is not None:
             torch.cuda.current_stream(self.device).wait_event(made)
         self._runs += 1
@@ -486,7 +492,7 @@ def build_eval_loader(
     if device.type == "cpu":
         _keep_freed_memory()
     reader, encoding = Reader(dataset), _encoding(dataset)
-    feed = _Feed(ahead((partial(reader.read, part) for part in parts), 1))
+    feed = _Feed(ahead((partial(reader.read, part) for part in parts), 1, TIMEOUT_S))
     its = weakref.proxy(feed)  # as in `Loader`
     pipe = plain_view(
         encoding,
@@ -504,6 +510,8 @@ def build_eval_loader(
                 (images,) = feed.views(pipe, stream)
             except DamagedError as error:
                 raise LoaderError(_damaged(failed, error.faults, reader)) from error
+            except StalledError:
+                raise stalled(failed, TIMEOUT_S, reader) from None
             except (OSError, DatasetError) as error:
                 raise LoaderError(f"{failed}: {error}") from error
             except RuntimeError as error:
@@ -516,6 +524,24 @@ def build_eval_loader(
             yield images.clone().permute(0, 3, 1, 2), labels
     finally:
         del pipe  # before the feed, whose images it may still read
+
+
+def stalled(failed: str, seconds: float, reader: Reader) -> LoaderError:
+    """What to say where nothing has come for so long; from now on the process ends without waiting for its threads."""
+    threading._register_atexit(_leave)  # type: ignore[attr-defined]  # the last registered goes first
+    busy = reader.busy()
+    where = f"reading {', '.join(busy)}" if busy else "it is being decoded or augmented"
+    return LoaderError(
+        f"{failed}: nothing has come for {seconds:g} s, {where}. See whether that disk or store answers, and go on; "
+        "train.py waits as long as --data-timeout says"
+    )
+
+
+def _leave() -> None:
+    """A thread that hangs in a system call would be joined before the process ends."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _encoding(dataset: Dataset, hw_decoder_load: float = 0.65) -> "Encoding":

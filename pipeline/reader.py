@@ -15,12 +15,14 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from files import open_binary
 from pipeline.images import ppm_header
 from pipeline.order import Numbers
 from pipeline.shards import BLOCK, NOT_THERE, Dataset, DatasetError, content_fault, members
@@ -53,6 +55,10 @@ class DamagedError(Exception):
     def __init__(self, faults: dict[int, str]) -> None:
         super().__init__(str(faults))
         self.faults = faults
+
+
+class StalledError(Exception):
+    """Nothing came in the time that was given."""
 
 
 class _Kept:
@@ -106,6 +112,7 @@ class Reader:
             self._kept = _Kept(dataset)
         self._open: OrderedDict[int, BinaryIO] = OrderedDict()
         self._opening = threading.Lock()
+        self._busy: dict[int, int] = {}  # by thread, the shard that it waits for
         self._most_open = min(MAX_OPEN if again else READERS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
         self._pool = ThreadPoolExecutor(REQUESTS if self._by_ranges else READERS, "reader")
 
@@ -128,6 +135,18 @@ class Reader:
     def file(self, shard: int) -> tuple[str, int, str]:
         """Address, bytes and sha256 of a tar."""
         return self._tars[shard], self.dataset.shards[shard].bytes, self.dataset.shards[shard].sha256
+
+    def busy(self) -> list[str]:
+        """Where the tars or indexes lie that are being read at this moment."""
+        return [self._tars[shard] for shard in sorted(set(self._busy.values()))]
+
+    @contextmanager
+    def _at(self, shard: int) -> Iterator[None]:
+        self._busy[threading.get_ident()] = shard
+        try:
+            yield
+        finally:
+            del self._busy[threading.get_ident()]
 
     def keep(self, shards: Sequence[int]) -> list[int]:
         """Close all tars but those of these shards, so that a cache may delete them; returns which are not open yet."""
@@ -204,7 +223,9 @@ class Reader:
             new = [shard for shard in np.unique(shards).tolist() if not self._located[shard]]
             if not new:
                 return
-            for shard, content in zip(new, self.dataset.index_contents(new), strict=True):
+            with self._at(new[0]):
+                contents = self.dataset.index_contents(new)
+            for shard, content in zip(new, contents, strict=True):
                 told = self.dataset.shards[shard]
                 if fault := content_fault(self._tars[shard], self.dataset.index(told), told, None, content):
                     raise DatasetError(f"{fault}. Copy the data set again")
@@ -250,7 +271,8 @@ class Reader:
         def fill(part: NDArray[np.intp]) -> None:
             for of_shard in self._by_shard(part, shards):
                 shard, here = int(shards[of_shard[0]]), [rows[i] for i in of_shard.tolist()]
-                fault = self._fill_from(shard, samples[of_shard].tolist(), places[of_shard].tolist(), here)
+                with self._at(shard):
+                    fault = self._fill_from(shard, samples[of_shard].tolist(), places[of_shard].tolist(), here)
                 faults.update(fault)
 
         if len(parts) == 1:
@@ -296,7 +318,7 @@ class Reader:
         told = self.dataset.shards[shard]
         try:
             place = self.cache.open(*self.file(shard)) if self.cache else self._tars[shard]
-            file = open(place, "rb", buffering=0)  # noqa: SIM115
+            file = open(place, "rb") if isinstance(place, int) else open_binary(place)  # noqa: SIM115
         except OSError as error:
             if error.errno not in NOT_THERE:
                 raise
@@ -346,18 +368,28 @@ class Reader:
 Result = TypeVar("Result")
 
 
-def ahead(tasks: Iterator[Callable[[], Result]], depth: int) -> Iterator[Result]:
+def ahead(tasks: Iterator[Callable[[], Result]], depth: int, timeout_s: float | None = None) -> Iterator[Result]:
     """The results of tasks, in order; a thread works on at most `depth` of them beyond the one that is asked for.
 
-    What a task raises is raised in its place, and nothing comes after it.
+    What a task raises is raised in its place, and nothing comes after it. Raises StalledError where a result that is
+    asked for does not come within `timeout_s`.
     """
+
+    def result(future: Future[Result]) -> Result:
+        try:
+            return future.result(timeout_s)
+        except TimeoutError:
+            if future.done():
+                raise
+            raise StalledError from None
+
     pool, waiting = ThreadPoolExecutor(1, "ahead"), deque[Future[Result]]()
     try:
         for task in tasks:
             waiting.append(pool.submit(task))
             if len(waiting) > depth:
-                yield waiting.popleft().result()
+                yield result(waiting.popleft())
         while waiting:
-            yield waiting.popleft().result()
+            yield result(waiting.popleft())
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

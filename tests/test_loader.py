@@ -910,3 +910,27 @@ def test_a_gpus_waiting_is_that_of_its_stream(flats: Dataset) -> None:
         next(loader)
     torch.cuda.synchronize()
     assert loader.take_wait_s() > 0.3 * (time.perf_counter() - start)
+
+
+def test_a_batch_that_does_not_come_is_named(flats: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By rank, batch and shard, in training and evaluation; the process then ends without its threads."""
+    go_on, ends, real = threading.Event(), [], os.preadv
+
+    def stuck(number: int, rows: Any, place: int) -> int:
+        if os.readlink(f"/proc/self/fd/{number}").endswith("000003.tar"):
+            go_on.wait(60)
+        return real(number, rows, place)
+
+    monkeypatch.setattr("pipeline.reader.os.preadv", stuck)
+    monkeypatch.setattr("pipeline.loader.threading._register_atexit", ends.append)
+    monkeypatch.setattr("pipeline.loader.TIMEOUT_S", 1.0)
+    said = f"s, reading {flats.tars[3]}. See whether that disk"
+    try:
+        with pytest.raises(LoaderError, match=f"rank 0 could not read batch [01] of .*: nothing has come for 1 {said}"):
+            list(build_eval_loader(flats, TINY, 8, CPU))
+        loader = build(flats, 8, rank=1, world_size=2, shuffle=False, timeout_s=5.0)
+        with pytest.raises(LoaderError, match=f"rank 1 could not read batch 0 of epoch 0 .* come for 5 {said}"):
+            next(loader)
+    finally:
+        go_on.set()
+    assert len(ends) == 2

@@ -14,9 +14,12 @@ import socket
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import tools.make_shards
+import tools.ranks
 import train
 from model.checkpoint import OWN_HASH, NotFiniteError, latest, load_encoder, save
 from model.encoder import build_encoder
@@ -189,6 +193,13 @@ def test_a_wrong_option_ends_in_one_message(arguments: list[str], named: str, re
         ("epochs = {a = 1}", "epochs"),
         ("base_lr = 1979-05-27", "base"),
         ('data = "a\\u0000b"', "data: expected text without a null character"),
+        ("data = ['a']", "data: expected text in quotes, got ['a']"),
+        ("track = 1979-05-27", "track: expected text in quotes, got datetime.date(1979, 5, 27)"),
+        (
+            "window = 18446744073709551616",
+            "window: expected at least 0 and less than 2.14748e+09, got 18446744073709551616",
+        ),
+        ("num_threads = 5000", "num_threads: expected at least 0 and less than 4096, got 5000"),
         ("second_views = 3", "second_views: expected a table, got 3; write [second_views]"),
     ],
 )
@@ -384,6 +395,90 @@ def test_only_a_second_interrupt_after_a_while_ends_at_once(monkeypatch: pytest.
     assert stop.received
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("when", [0, 1, 2])
+def test_a_signal_interrupts_an_evaluation_which_the_resumed_run_makes_up_for(
+    when: int, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, in the middle of and after training: at once, however long it would take; what is left is the same."""
+    common = ("--data", str(shards), "--eval-data", str(shards), "--steps", "6", "--knn-every", "1", "--log-every", "1")
+    assert run(*common, "--out", str(tmp_path / "whole")).exit_code == 0
+    evaluations = []
+
+    def slow(*arguments: Any, **options: Any) -> float:
+        evaluations.append(arguments)
+        if len(evaluations) == when + 1:
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(60)
+        return knn(*arguments, **options)
+
+    knn = train.knn
+    monkeypatch.setattr(train, "knn", slow)
+    begun, out = time.monotonic(), tmp_path / "run"
+    stopped = run(*common, "--out", str(out))
+    assert time.monotonic() - begun < 50
+    assert stopped.exit_code == 3, stopped.output
+    assert json.loads((out / "status.json").read_text())["state"] == "preempted"
+    assert run(*common, "--out", str(out), "--resume").exit_code == 0
+    assert ends(out) == ends(tmp_path / "whole")
+    assert json.loads((out / "status.json").read_text())["state"] == "done"
+
+
+def exchange(rank: int, barrier: threading.Barrier, table: list[torch.Tensor], mine: torch.Tensor) -> torch.Tensor:
+    """What processes gather, among threads."""
+    table[rank] = mine
+    barrier.wait(20)
+    everyones = torch.cat(table)
+    barrier.wait(20)
+    return everyones
+
+
+@pytest.mark.parametrize("asked", [None, (0, 0), (1, 7), (2, 20), (2, 21)])
+def test_processes_give_an_evaluation_up_together_or_not_at_all(asked: tuple[int, int] | None) -> None:
+    """Whichever of them is asked, and with parts that differ by one, they agree and none is left waiting."""
+    lengths, stops = (20, 21, 22), [signals.Stop() for _ in range(3)]
+    barrier, table = threading.Barrier(3), [torch.empty(0)] * 3
+
+    def work(rank: int) -> Any:
+        def parts() -> Iterator[int]:
+            for number in range(lengths[rank]):
+                if asked == (rank, number):
+                    stops[rank].received = True
+                time.sleep(0.001 * (rank + 1))
+                yield number
+
+        gather = functools.partial(exchange, rank, barrier, table)
+        together: Any = functools.partial(stops[rank].together, processes=3, gather=gather, device=torch.device("cpu"))
+        return together(lambda shown: len(list(shown)), parts(), 20), together(lambda _: "voted")
+
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(work, range(3)))
+    assert found == ([(None, None)] * 3 if asked else [(length, "voted") for length in lengths])
+
+
+STALLED = """
+import os, sys, time
+read = os.preadv
+def stalled(number, rows, place):
+    if os.readlink(f"/proc/self/fd/{number}").endswith("train-000001.tar"):
+        time.sleep(600)
+    return read(number, rows, place)
+os.preadv = stalled
+import pipeline.graph, train  # DALI takes seconds to import
+train.app()
+"""
+
+
+def test_a_loader_that_gives_nothing_ends_the_run(shards: Path, tmp_path: Path) -> None:
+    """Naming rank and shard, and the process does not wait for the thread that hangs."""
+    out = tmp_path / "run"
+    arguments = [*TINY, "--data", str(shards), "--out", str(out), "--steps", "30", "--data-timeout", "12"]
+    done = subprocess.run([sys.executable, "-c", STALLED, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    said = f"rank 0 could not read batch 0 of epoch 0 of {shards}: nothing has come for 12 s, reading "
+    assert said + f"{shards}/train-000001.tar. See whether" in done.stderr
+    assert said in json.loads((out / "status.json").read_text())["message"]
 
 
 # ---- micro-batches, and steps that are not finite ------------------------------------------------------------------
@@ -698,6 +793,41 @@ def test_the_process_that_fails_writes_why(shards: Path, tmp_path: Path) -> None
     spawn(_failing_rank, (2, free_port(), str(shards), str(out)), nprocs=2)
     status = json.loads((out / "status.json").read_text())
     assert status == {"state": "failed", "step": 2, "rank": 1, "message": "LoaderError: rank 1 could not read"}
+
+
+def _stopping_rank(rank: int, world_size: int, port: int, data: str, out: str) -> None:
+    """Rank 1 stops for ever in the third step; the other one's backend waits as long as it was told."""
+    join(rank, world_size, port)
+    patch = pytest.MonkeyPatch()
+    for module in (train, tools.ranks):
+        patch.setattr(module, "RANKS_WAIT", timedelta(seconds=4))
+    patch.setattr(tools.ranks, "LAST_WORDS_S", 2.0)
+    whole = Loader.__next__
+
+    def stopping(loader: Loader) -> Batch:
+        backend = torch.distributed.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
+        assert 4 <= backend.options._timeout.total_seconds() < 4.1
+        if rank == 1 and loader._runs == 2:
+            Path(out, "stopped").write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return whole(loader)
+
+    patch.setattr(Loader, "__next__", stopping)
+    done = run("--data", data, "--out", out, "--steps", "4", "--log-every", "1")
+    assert (rank, done.exit_code) == (0, 1), done.output
+    assert "rank 0: train: rank 1 has gone, or did not answer for 0:00:04" in done.output
+    os.kill(int(Path(out, "stopped").read_text()), signal.SIGKILL)
+    os._exit(0)
+
+
+def test_a_rank_that_stops_for_ever_is_named(shards: Path, tmp_path: Path) -> None:
+    """The others end when the time is up that they were given, and status.json says which rank they missed."""
+    out = tmp_path / "run"
+    with pytest.raises(torch.multiprocessing.ProcessExitedException, match="process 1 terminated with signal SIGKILL"):
+        torch.multiprocessing.spawn(_stopping_rank, (2, free_port(), str(shards), str(out)), nprocs=2)
+    status = json.loads((out / "status.json").read_text())
+    assert (status["state"], status["step"], status["rank"]) == ("failed", 2, 0)
+    assert status["message"].startswith("LostRankError: rank 1 has gone, or did not answer for 0:00:04")
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
+from files import read_text
 from model.run_folder import Preempted
 from pipeline.views import VIEWS, make_views, parse_changes
 from tools.errors import one_message
@@ -125,7 +126,7 @@ def with_options(command: Callable[..., None], config: type) -> Callable[..., No
 def read_file(path: Path, config: type) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Options and tables of a TOML file. Raises typer.BadParameter naming the file and what it must not hold."""
     try:
-        values = tomllib.loads(path.read_text())
+        values = tomllib.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise typer.BadParameter(f"{path} cannot be read: {error}") from error
     found = {name: values.pop(name, {}) for name in VIEW_TABLES}
@@ -147,6 +148,8 @@ def read_file(path: Path, config: type) -> tuple[dict[str, Any], dict[str, dict[
     for name, value in values.items():
         if isinstance(value, bool) and kinds[name] is not bool:  # Python would take it for 0 or 1
             raise typer.BadParameter(f"{path}: {name}: expected a number or text, got {str(value).lower()}")
+        if kinds[name] is str and not isinstance(value, str):
+            raise typer.BadParameter(f"{path}: {name}: expected text in quotes, got {value!r}")
         if isinstance(value, str) and "\0" in value:
             raise typer.BadParameter(f"{path}: {name}: expected text without a null character, got {value!r}")
     return values, found

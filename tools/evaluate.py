@@ -86,11 +86,14 @@ def session(
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
+    from files import open_binary
     from model.checkpoint import load_encoder, weights_file
     from pipeline.shards import read_dataset
     from pipeline.views import make_views, parse_changes
     from tools.runs import training_of
+    from tools.signals import stop_with_launcher
 
+    stop_with_launcher()
     file = weights_file(encoder)
     network = load_encoder(file)
     views = make_views("imagenet", training_of(file)[0] | parse_changes(view or []))
@@ -112,7 +115,7 @@ def session(
         torch.set_num_threads(cores)  # the launcher has set one
     if random_init:
         network = fresh(network, seed)
-    with open(file, "rb") as opened:
+    with open_binary(file) as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     facts = {
         "encoder": f"ResNet-{network.depth}, width {network.width:g}, {network.stem} stem",
@@ -290,13 +293,14 @@ def finetune(
     """Train all of the network on few labels, as in appendix B.5: random crops and flips, no regularisation."""
     from torch import nn
 
+    from files import read_text
     from model.probe import zero_linear
     from pipeline.subset import labels, named, stratified, subset
 
     chosen, queries = on.labelled()
     if label_list is not None:
         try:
-            names = label_list.read_text().splitlines()
+            names = read_text(label_list).splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"--label-list {label_list} cannot be read: {error}") from error
         chosen = subset(chosen, named(chosen, names))
@@ -345,6 +349,7 @@ def embed(
     precision: Precision = "auto",
 ) -> None:
     """Write features (N, F), labels (N,) if there are any, and keys (N, L), ASCII padded with zeros, to OUT."""
+    from files import create, replacing
     from tools.errors import one_message
 
     with one_message("evaluate"):
@@ -354,7 +359,6 @@ def embed(
             import torch
 
             from model.checkpoint import write_tensors
-            from model.run_folder import replacing
             from pipeline.subset import keys
 
             (dataset,) = on.sets
@@ -368,7 +372,7 @@ def embed(
                 return
             with replacing(out) as partial:
                 if out.suffix == ".npz":
-                    with open(partial, "xb") as file:
+                    with create(partial) as file:
                         arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
                         np.savez(file, about=np.array(json.dumps(on.facts)), **arrays)
                 else:
@@ -396,12 +400,12 @@ def page(
     precision: Precision = "auto",
 ) -> None:
     """Write one HTML file: a map of the embeddings, nearest neighbours, curves of training and fine-tuning, views."""
+    from files import create, replacing
     from tools.errors import one_message
 
     with one_message("evaluate"):
         check_new(out, ".html")
         with session(encoder, [data], view, batch_size, random_init, seed, precision, out) as on:
-            from model.run_folder import replacing
             from tools.page import compose, draw_sample
 
             dataset = draw_sample(on.sets[0], points, seed)
@@ -419,8 +423,8 @@ def page(
                 evaluations=evaluations,
                 seed=seed,
             )
-            with replacing(out) as partial:
-                partial.write_bytes(text.encode("utf-8", "replace"))  # a class folder's name need not be Unicode
+            with replacing(out) as partial, create(partial) as file:
+                file.write(text.encode("utf-8", "replace"))  # a class folder's name need not be Unicode
             on.say(f"{out}: {dataset.samples} images, {out.stat().st_size / 2**20:.1f} MiB")
 
 
@@ -571,8 +575,9 @@ def check_new(out: Path, *suffixes: str) -> None:
     """Raises ValueError if a file of these kinds cannot be written there without replacing one."""
     if out.suffix not in suffixes:
         raise ValueError(f"{out}: expected a name that ends in {' or '.join(suffixes)}")
-    if out.exists() or not out.parent.is_dir():
-        raise ValueError(f"{out} exists already" if out.exists() else f"the folder {out.parent} does not exist")
+    there = os.path.lexists(out)  # a link that leads nowhere too
+    if there or not out.parent.is_dir():
+        raise ValueError(f"{out} exists already" if there else f"the folder {out.parent} does not exist")
 
 
 def fit(
