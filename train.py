@@ -28,10 +28,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from files import replacing
 from model.run_folder import Log, Preempted, claim_for_all, is_empty, next_free
 from pipeline.views import VIEWS, ViewConfig, make_views
 from tools.command import RunError, answer_help_and_mistakes, train_command
+from tools.files import replacing
 from tools.options import check_ranges, option, options_of
 from tools.ranks import RANKS_WAIT, naming_lost_ranks
 from tools.signals import Stop

@@ -43,7 +43,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-import files
+from tools import files
 
 RECORDS = Path(__file__).parent / "records"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h

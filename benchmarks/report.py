@@ -21,7 +21,7 @@ from typing import Annotated
 import typer
 
 from benchmarks.measure import RECORDS, read, save_plot
-from files import read_text, write_text
+from tools.files import read_text, write_text
 
 Row = dict[str, str]
 

@@ -22,10 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from files import create, flush, make_folder, open_binary, read_bytes, workspace, write_new
 from model.encoder import LAYERS, Encoder, build_encoder
 from model.names import Names, from_torchvision, to_torchvision
 from model.simclr import NUM_LAYERS, ProjectionHead
+from tools.files import create, flush, make_folder, open_binary, read_bytes, workspace, write_new
 
 FORMAT = 1
 MAX_HEADER_BYTES = 1 << 20  # ResNet-152 under AdamW needs 0.2 MB; it also bounds the tensors, to some 20,000

@@ -1,6 +1,6 @@
 """A run folder's files: rows and states that outlive kill -9 and a full disk, written by one process at a time.
 
-How a file is replaced or added to is settled in files.py. metrics.jsonl and its like are read by `read_rows` alone.
+How a file is replaced or added to: tools/files.py. metrics.jsonl and its like are read by `read_rows` alone.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from files import append, descriptor_of, lock, overwrite, read_bytes, read_text, remove, write_text
+from tools.files import append, descriptor_of, lock, overwrite, read_bytes, read_text, remove, write_text
 
 LOCK = ".lock"
 

@@ -17,7 +17,6 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from files import open_binary, read_text, write_text
 from pipeline.entries import MAX_NUMBER
 from pipeline.images import BadImageError, Rules, ppm_shape, prepare
 from pipeline.shards import (
@@ -37,6 +36,7 @@ from pipeline.sources_tars import TarError
 from pipeline.sources_tars import members as members_of_tar
 from pipeline.store import fetch, is_remote, opened
 from pipeline.workers import in_order
+from tools.files import open_binary, read_text, write_text
 
 ORIGINAL = "dataset.json.original"
 

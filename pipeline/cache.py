@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from files import descriptor_of
 from pipeline.shards import Dataset
 from pipeline.store import PATIENCE_S, begin_range, is_remote
+from tools.files import descriptor_of
 
 PART = 8 << 20  # bytes of a request
 PARTS_AT_ONCE = 8  # requests in flight for one shard, so 64 MiB of memory

@@ -24,9 +24,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from files import read_bytes
 from pipeline.images import SUFFIXES
 from pipeline.shards import DatasetError
+from tools.files import read_bytes
 
 NO_DECODER = {  # images to a person, and nothing to Pillow; they are left out by name
     *(".jxl", ".heic", ".heif", ".hif", ".svg", ".jxr", ".wdp", ".exr", ".hdr", ".dcm", ".svs", ".ndpi", ".czi"),

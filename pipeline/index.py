@@ -16,13 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from files import open_binary, write_new
 from pipeline.entries import Tally, actions_text, class_names, is_number
 from pipeline.images import MAX_PIXELS, BadImageError, Rules, ppm_shape, prepare
 from pipeline.shards import Dataset, DatasetError, Shard, index_line, index_text, manifest, read_dataset
 from pipeline.sources_tars import TARS, TarSample, compressed_tars, member_extension, no_label, tar_labels, tar_samples
 from pipeline.workers import in_order
 from pipeline.write import names_full_disk, publish
+from tools.files import open_binary, write_new
 
 # What DALI 2.4 decodes, and Pillow too; DALI decodes neither GIF nor AVIF.
 KINDS = {"jpg", "jpeg", "jpe", "jfif", "png", "webp", "ppm", "pgm", "pbm", "pnm", "bmp", "tif", "tiff"}

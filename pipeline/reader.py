@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, BinaryIO, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from files import open_binary
 from pipeline.images import ppm_header
 from pipeline.order import Numbers
 from pipeline.shards import BLOCK, NOT_THERE, Dataset, DatasetError, content_fault, members
 from pipeline.store import is_remote, read_ranges
+from tools.files import open_binary
 
 if TYPE_CHECKING:
     from pipeline.cache import Cache

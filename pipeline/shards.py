@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
-from files import open_binary, read_bytes
 from pipeline.images import BadImageError
 from pipeline.store import address, fetch, is_remote
+from tools.files import open_binary, read_bytes
 
 # Older versions are read too: 1 had no raw shape and no quarantine, 1 and 2 had their tars beside the manifest.
 FORMAT, VERSION = "swiftclr-shards", 3

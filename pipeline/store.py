@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote
 
-from files import open_binary, read_bytes
+from tools.files import open_binary, read_bytes
 
 Result = TypeVar("Result")
 

@@ -21,19 +21,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from files import (
-    MARK,
-    append,
-    create,
-    empty,
-    flush,
-    read_text,
-    remove,
-    remove_workspace,
-    take_unfinished,
-    write_new,
-    write_text,
-)
 from pipeline.entries import Tally, actions_text
 from pipeline.images import MAX_PIXELS, BadImageError, OnBad, Prepared, Rules, Store, ppm_shape, prepare
 from pipeline.shards import (
@@ -51,6 +38,19 @@ from pipeline.shards import (
     shard_fault,
 )
 from pipeline.workers import in_order
+from tools.files import (
+    MARK,
+    append,
+    create,
+    empty,
+    flush,
+    read_text,
+    remove,
+    remove_workspace,
+    take_unfinished,
+    write_new,
+    write_text,
+)
 
 JOURNAL = "journal.jsonl"
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-import files
-from files import (
+from model.run_folder import append_rows, read_rows
+from tools import files
+from tools.files import (
     append,
     create,
     make_folder,
@@ -25,7 +26,6 @@ from files import (
     write_new,
     write_text,
 )
-from model.run_folder import append_rows, read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("pipeline", "model", "tools", "benchmarks")
+SHARED = {f"tools.{name}" for name in ("errors", "files")}  # know nothing of the project, so that all may use them
 HOMES = {  # library: the files that may import it
     "accelerate": {"train.py", "tools/evaluate.py"},  # what joins data and model, on one process or many
     "nvidia": {"pipeline/graph.py", "pipeline/loader.py"},  # the loader for a type only
@@ -20,24 +21,20 @@ HOMES = {  # library: the files that may import it
 
 
 def sources() -> list[Path]:
-    return [
-        ROOT / "train.py",
-        ROOT / "files.py",
-        *(path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))),
-    ]
+    return [ROOT / "train.py", *(path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py")))]
 
 
-def imports(path: Path, *, top_level: bool = False) -> set[str]:
-    """First parts of the names a file imports: anywhere, or only when the file itself is imported."""
-    tree = ast.parse(path.read_text())
-    nodes = tree.body if top_level else list(ast.walk(tree))
+def imports(path: Path) -> set[str]:
+    """First parts of the names a file imports anywhere; the modules that all share are left out."""
     found: set[str] = set()
-    for node in nodes:
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "tools":
+            found |= {f"tools.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module.split(".")[0])
-    return found
+            found.add(node.module)
+    return {name.split(".")[0] for name in found if name not in SHARED}
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
@@ -117,9 +114,9 @@ def raw_calls(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_are_opened_written_and_removed_in_one_place(path: Path) -> None:
-    """files.py reads regular files alone, follows no link where it writes, and leaves no half."""
+    """tools/files.py reads regular files alone, follows no link where it writes, and leaves no half."""
     name = str(path.relative_to(ROOT))
-    if name != "files.py":
+    if name != "tools/files.py":
         reading: set[str] = set()
         if name.startswith("benchmarks/"):  # records, and /proc
             reading = {"read_text", "read_bytes"}
@@ -141,7 +138,7 @@ def test_the_top_level_holds_what_was_agreed() -> None:
     if tracked.returncode:
         pytest.skip("not a git checkout, so what is tracked cannot be listed")
     top = {line.split("/")[0] for line in tracked.stdout.splitlines()}
-    agreed = {"train.py", "files.py", "pyproject.toml", "README.md", "LICENSE", "tests", *PACKAGES}
+    agreed = {"train.py", "pyproject.toml", "README.md", "LICENSE", "tests", *PACKAGES}
     assert {name for name in top if not name.startswith(".")} <= agreed
 
 

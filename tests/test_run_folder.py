@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-import files
-from files import overwrite
 from model import run_folder
 from model.run_folder import FolderError, Log, claim, is_empty, read_rows
+from tools import files
+from tools.files import overwrite
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLD = "import sys, time; from pathlib import Path; from model.run_folder import claim\n"

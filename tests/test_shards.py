@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from files import MARK, MARK_TEXT, write_mark
 from pipeline.shards import Dataset, DatasetError, Sample, read_dataset
 from pipeline.write import publish, write_shards
+from tools.files import MARK, MARK_TEXT, write_mark
 
 ROOT = Path(__file__).parents[1]
 NUM = 42  # divides by 1, 2 and 3 ranks

@@ -286,8 +286,8 @@ class Study:
     def fit(self, run: Path, changes: list[str], seed: int) -> dict[str, Any]:
         """Train to the end, from the newest checkpoint if there is one: what the finished run says of itself."""
         from benchmarks.training import training_s
-        from files import read_text
         from model.run_folder import read_rows
+        from tools.files import read_text
 
         fixed = ["--data", self.train.root, "--out", run, "--resume", "--seed", seed]
         self.call("train.py", [*self.settings, *changes, *fixed], run)
@@ -302,8 +302,8 @@ class Study:
 
     def score(self, encoder: Path, run: Path, *options: object) -> dict[str, Any]:
         """Top-1 of the frozen features by each of SCORES."""
-        from files import remove
         from model.run_folder import read_rows
+        from tools.files import remove
 
         results = run.with_name(f"{run.name}.jsonl")
         remove(results)  # of a scoring that was interrupted
@@ -332,7 +332,7 @@ class Study:
         append((self.out / "results.csv").resolve(), [row])
 
     def results(self) -> list[dict[str, str]]:
-        from files import open_text
+        from tools.files import open_text
 
         path = self.out / "results.csv"
         if not path.exists():
@@ -346,7 +346,7 @@ class Study:
         Raises CellError if it fails, and Stopped, once it has ended, if it or this process is asked to stop. Should
         this process be killed, the program is asked to stop, and keeps the folder claimed until it has.
         """
-        from files import open_to_append, read_text
+        from tools.files import open_to_append, read_text
 
         log = run.with_name(f"{run.name}.log")
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -377,9 +377,9 @@ class Study:
 @contextmanager
 def study(name: str, settings: list[str], data: Path, eval_data: Path, out: Path) -> Iterator[Study]:
     """Claims the folder for this process and for this grid alone. Raises ValueError for what the caller can mend."""
-    from files import read_bytes, write_text
     from model.run_folder import claim, is_empty
     from pipeline.shards import LABEL_BOTH, label_difference, read_dataset
+    from tools.files import read_bytes, write_text
 
     train, test = read_dataset(data), read_dataset(eval_data)
     if difference := label_difference(train, test):

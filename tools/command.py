@@ -11,10 +11,10 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
-from files import read_text
 from model.run_folder import Preempted
 from pipeline.views import VIEWS, make_views, parse_changes
 from tools.errors import one_message
+from tools.files import read_text
 from tools.options import options_of
 
 VIEW_TABLES = ("views", "second_views")  # fields of the config and tables of a file, changed by --view, --second-view

@@ -278,10 +278,10 @@ def decoder(device: "torch.device") -> Finding:
 
 def shards(dataset: "Dataset") -> Finding:
     """All tars may be read, and some, chosen at random, hold the bytes that were written; `read_dataset` has run."""
-    from files import write_new
     from pipeline.audit import verify
     from pipeline.shards import manifest
     from pipeline.store import is_remote
+    from tools.files import write_new
 
     mib = sum(shard.bytes for shard in dataset.shards) / MIB
     text = f"{dataset.samples} samples in {len(dataset.shards)} shards, {mib:,.0f} MiB"
@@ -365,7 +365,7 @@ def disk(dataset: "Dataset", images_per_s: float) -> Finding:
 
 def read_rate(dataset: "Dataset", *, forget: bool) -> float:
     """Bytes per second of reading tars for half a second; `forget` asks the page cache to drop each tar first."""
-    from files import open_binary
+    from tools.files import open_binary
 
     num, seconds, start = 0, 0.0, time.monotonic()
     for shard in dataset.shards:

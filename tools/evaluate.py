@@ -86,10 +86,10 @@ def session(
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
-    from files import open_binary
     from model.checkpoint import load_encoder, weights_file
     from pipeline.shards import read_dataset
     from pipeline.views import make_views, parse_changes
+    from tools.files import open_binary
     from tools.runs import training_of
     from tools.signals import stop_with_launcher
 
@@ -293,9 +293,9 @@ def finetune(
     """Train all of the network on few labels, as in appendix B.5: random crops and flips, no regularisation."""
     from torch import nn
 
-    from files import read_text
     from model.probe import zero_linear
     from pipeline.subset import labels, named, stratified, subset
+    from tools.files import read_text
 
     chosen, queries = on.labelled()
     if label_list is not None:
@@ -349,8 +349,8 @@ def embed(
     precision: Precision = "auto",
 ) -> None:
     """Write features (N, F), labels (N,) if there are any, and keys (N, L), ASCII padded with zeros, to OUT."""
-    from files import create, replacing
     from tools.errors import one_message
+    from tools.files import create, replacing
 
     with one_message("evaluate"):
         check_new(out, ".npz", ".safetensors")
@@ -400,8 +400,8 @@ def page(
     precision: Precision = "auto",
 ) -> None:
     """Write one HTML file: a map of the embeddings, nearest neighbours, curves of training and fine-tuning, views."""
-    from files import create, replacing
     from tools.errors import one_message
+    from tools.files import create, replacing
 
     with one_message("evaluate"):
         check_new(out, ".html")

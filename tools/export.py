@@ -41,8 +41,8 @@ def export(
     ] = None,
 ) -> None:
     """Write an encoder, its configuration for timm, and its model card to a new folder."""
-    from files import MARK, write_new
     from tools.errors import one_message
+    from tools.files import MARK, write_new
 
     with one_message("export"):
         import torch
@@ -87,8 +87,8 @@ def results_of(weights: Path, steps: int | None) -> list[tuple[str, str, str]]:
 
     The run's kNN is that of the start and of `steps`, which is where these weights stand.
     """
-    from files import open_binary
     from model.run_folder import read_rows
+    from tools.files import open_binary
 
     found = []
     metrics, rows = weights.parent.parent / "metrics.jsonl", weights.with_name("evaluation.jsonl")

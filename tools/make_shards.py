@@ -342,8 +342,8 @@ def verify(
 
     Every fault is printed with its shard and key. Exit code 0: none; 1: some; 2: there is no manifest to go by.
     """
-    from files import write_new
     from tools.errors import one_message
+    from tools.files import write_new
 
     with one_message("make_shards"):
         from dataclasses import asdict
@@ -383,8 +383,8 @@ def quarantine(
     New indexes are written beside the old ones and dataset.json is replaced. To undo every quarantine, put
     dataset.json.original back in its place. A run that has begun does not resume on the changed data set.
     """
-    from files import read_text
     from tools.errors import one_message
+    from tools.files import read_text
 
     with one_message("make_shards"):
         from pipeline.audit import quarantine

@@ -31,8 +31,8 @@ def show(
     seed: Annotated[int, typer.Option(help="Of the first pair's draws; the next pair takes the next seed.")] = 0,
 ) -> None:
     """Write a PNG grid of images and their augmented views."""
-    from files import replacing
     from tools.errors import one_message
+    from tools.files import replacing
 
     with one_message("show_views"):
         from torchvision.utils import save_image
