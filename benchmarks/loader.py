@@ -222,7 +222,7 @@ def hand_over(task: Task) -> Batches:
 
     from pipeline import colour, graph, loader
 
-    loader._keep_freed_memory()  # as where it is a part of the pipeline
+    loader.keep_freed_memory()  # as where it is a part of the pipeline
     n, size, gpu = task.batch_size, task.views.size, task.device == "cuda"
     pixels = np.random.default_rng(0).integers(0, 256, (n, size, size, 3), np.uint8)
     levels, same, none = torch.from_numpy(pixels), torch.eye(3).expand(2 * n, 3, 3), torch.zeros(2 * n, 3, 3)
@@ -230,7 +230,7 @@ def hand_over(task: Task) -> Batches:
     @pipeline_def(batch_size=n, num_threads=task.threads, device_id=task.device_id)
     def build() -> Any:
         images = fn.external_source(lambda: (pixels, pixels), num_outputs=2, batch=True, no_copy=True)
-        return tuple(graph._normalise(image.gpu() if gpu else image, task.views, False) for image in images)
+        return tuple(graph.normalise(image.gpu() if gpu else image, task.views, False) for image in images)
 
     pipe = build() if gpu or not task.views.ends_in_colour else None
     while True:

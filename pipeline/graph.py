@@ -180,7 +180,7 @@ def _finished(view: DataNode, draws: Any, config: ViewConfig, half: bool) -> Dat
         view = fn.cast(view, dtype=types.FLOAT)  # on whole levels the mean would be cut to one
         fill = [255 * m for m in config.mean]
         view = fn.erase(view, anchor=draws.hole_start, shape=draws.hole_shape, axis_names="HW", fill_value=fill)
-    return _normalise(view, config, half)
+    return normalise(view, config, half)
 
 
 def _beside(view: DataNode, number: DataNode) -> DataNode:
@@ -301,7 +301,7 @@ def _noise(view: DataNode, offset: DataNode, size: int) -> DataNode:
     return fn.slice(types.Constant(field, device=view.device), start=offset, shape=[size, size], axes=[0, 1])
 
 
-def _normalise(image: DataNode, config: ViewConfig, half: bool) -> DataNode:
+def normalise(image: DataNode, config: ViewConfig, half: bool) -> DataNode:
     return fn.crop_mirror_normalize(
         image,
         mean=[255 * m for m in config.mean],
@@ -389,7 +389,7 @@ def plain_view(
         shorter = round(config.size / config.eval_crop)
         image = fn.resize(image, resize_shorter=shorter, interp_type=_INTERP[config.interpolation])
         image = fn.crop(image, crop=[config.size, config.size])
-        return _normalise(image, config, half=False)
+        return normalise(image, config, half=False)
 
     return graph()
 

@@ -283,7 +283,7 @@ class Loader:
         from pipeline.graph import two_views
 
         if self.device.type == "cpu":
-            _keep_freed_memory()
+            keep_freed_memory()
         me = weakref.proxy(self)  # DALI holds its callbacks, and what they hold, until cycles are collected
         each = sum(shard.bytes for shard in self.dataset.shards) // self.dataset.samples
         depth = max(1, min(MOST_AHEAD, IN_FLIGHT // max(1, each * self.micro_batch)))
@@ -490,7 +490,7 @@ def build_eval_loader(
     mine = np.arange(first, stop) * dataset.samples // num
     parts = [mine[at : at + batch_size] for at in range(0, len(mine), batch_size)]
     if device.type == "cpu":
-        _keep_freed_memory()
+        keep_freed_memory()
     reader, encoding = Reader(dataset), _encoding(dataset)
     feed = _Feed(ahead((partial(reader.read, part) for part in parts), 1, TIMEOUT_S))
     its = weakref.proxy(feed)  # as in `Loader`
@@ -596,7 +596,7 @@ def _device_id(device: torch.device) -> int | None:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """DALI's CPU operators allocate every batch anew.
 
     glibc gives blocks of megabytes back to the kernel when they are freed, and the kernel clears their pages again: an
