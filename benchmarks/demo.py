@@ -22,11 +22,10 @@ import torch
 import typer
 from PIL import Image
 
-from benchmarks.measure import append, environment
+from benchmarks.tables import Row, conditions, number, percent
 from model.probe import knn
 from pipeline.demo import CLASSES, Samples, splits
-
-ROOT = Path(__file__).parents[1]
+from tools.records import ROOT, append, environment
 
 
 def main(record: str = "demo.csv") -> None:
@@ -59,11 +58,12 @@ def quoted(lines: list[str]) -> dict[str, str]:
         "log_line": r"step [1-9].*\| loss",
         "last_line": r"kNN accuracy .* after",
     }
-    found = {name: [line for line in lines if re.match(pattern, line)] for name, pattern in patterns.items()}
-    for name, matches in found.items():
-        if not matches:
-            raise RuntimeError(f"train.py demo printed no line like {patterns[name]!r}")
-    return {name: matches[0] for name, matches in found.items()}
+    quotes = {}
+    for name, pattern in patterns.items():
+        quotes[name] = next((line for line in lines if re.match(pattern, line)), "")
+        if not quotes[name]:
+            raise RuntimeError(f"train.py demo printed no line like {pattern!r}")
+    return quotes
 
 
 def pixels_knn() -> float:
@@ -81,21 +81,34 @@ def pixels_knn() -> float:
 def installed_bytes(project: Path) -> int:
     """Of the files of everything that a pyproject.toml asks for, and all that this needs, extras aside."""
     seen: set[str] = set()
-    ask: list[str] = tomllib.loads(project.read_text())["project"]["dependencies"]
+    needed: list[str] = tomllib.loads(project.read_text())["project"]["dependencies"]
     total = 0
-    while ask:
-        name = re.split(r"[^A-Za-z0-9._-]", ask.pop())[0]
+    while needed:
+        name = re.split(r"[^A-Za-z0-9._-]", needed.pop())[0]
         if name.lower() in seen:
             continue
         seen.add(name.lower())
         try:
-            found = metadata.distribution(name)
+            package = metadata.distribution(name)
         except metadata.PackageNotFoundError:  # for another platform or Python
             continue
-        ask += [need for need in found.requires or () if "extra ==" not in need]
-        paths = (Path(str(found.locate_file(file))) for file in found.files or ())
+        needed += [requirement for requirement in package.requires or () if "extra ==" not in requirement]
+        paths = (Path(str(package.locate_file(file))) for file in package.files or ())
         total += sum(path.stat().st_size for path in paths if path.is_file())
     return total
+
+
+def block(rows: list[Row]) -> str:
+    """What the first command prints, and how long that takes."""
+    row = rows[-1]
+    return (
+        f"\n```\n{row['first_line']}\n{row['log_line']}\n...\nencoder      runs/demo/encoder/encoder.safetensors\n"
+        "checkpoints  runs/demo/checkpoints\nmetrics      runs/demo/metrics.jsonl\nviews        runs/demo/views.png\n"
+        f"{row['last_line']}\n```\n\nIt took {number(row['wall_s'], ' s')}. It shows that the path works, not how good "
+        "the method is: the patterns are drawings, not photographs, and kNN on their bare pixels already gives "
+        f"{percent(row['pixels_knn'])}. The installed packages take {number(row['installed_gib'], ' GiB')}, "
+        f"for torch and DALI come with CUDA.\n{conditions([row], 'demo.csv')}\n"
+    )
 
 
 if __name__ == "__main__":

@@ -21,10 +21,12 @@ import typer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.measure import append, count_kernels, environment, time_interleaved
+from benchmarks.measure import count_kernels, time_interleaved
+from benchmarks.tables import Row, conditions, grouped, newest, number, table, times
 from model.encoder import build_encoder
 from model.lars import LARS, param_groups
 from model.simclr import ProjectionHead, SimCLR
+from tools.records import append, environment
 
 Groups = list[dict[str, Any]]
 SETTINGS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9}
@@ -64,23 +66,23 @@ def contestants(make: Callable[[], Groups]) -> dict[str, torch.optim.Optimizer]:
     def plain() -> Groups:
         return [{key: value for key, value in group.items() if key != "adapt"} for group in make()]
 
-    found: dict[str, torch.optim.Optimizer] = {
+    optimizers: dict[str, torch.optim.Optimizer] = {
         "ours": LARS(make(), **SETTINGS),
         "SGD, foreach": torch.optim.SGD(plain(), **SETTINGS, foreach=True),
     }
     try:
         from timm.optim import Lars
 
-        found["timm"] = Lars(plain(), **SETTINGS)
+        optimizers["timm"] = Lars(plain(), **SETTINGS)
     except ImportError:
         typer.echo("timm is not installed and left out")
     try:
         from lightly.utils.lars import LARS as Lightly
 
-        found["lightly"] = Lightly(plain(), **SETTINGS)
+        optimizers["lightly"] = Lightly(plain(), **SETTINGS)
     except ImportError:
         typer.echo("lightly is not installed and left out")
-    return found
+    return optimizers
 
 
 def main(
@@ -102,19 +104,24 @@ def main(
             steps["ours, 2 parameters"] = LARS(few, **SETTINGS).step
         steps |= {name: optimizer.step for name, optimizer in contestants(lambda: _copied(groups)).items()}  # noqa: B023
         timings = time_interleaved(steps, device, warmup=2, min_runs=5, budget_s=budget_s)
-        where, rows = environment(device), []
+        where, rows = environment(device), list[dict[str, object]]()
         num_params = sum(len(group["params"]) for group in groups)
         typer.echo(f"\n{size}: {num_params} parameters of ResNet-{depth} and head on {where['device']}")
         typer.echo(f"{'':20}{'ms':>9}{'of ours':>9}{'calls':>7}{'waits':>7}{'kernels':>9}")
         for name, step in steps.items():
-            with Calls() as seen:
+            with Calls() as counted:
                 step()
             kernels = count_kernels(step) if device == "cuda" else ""
-            timing, times = timings[name], timings[name].median / timings["ours"].median
-            typer.echo(f"{name:20}{timing.median:9.3f}{times:9.2f}{seen.calls:7}{seen.waits:7}{kernels:>9}")
-            row = {"what": "lars", "implementation": name, "size": size, "depth": depth, "params": num_params}
-            row |= {"median_ms": f"{timing.median:.4g}", "p20_ms": f"{timing.p20:.4g}", "p80_ms": f"{timing.p80:.4g}"}
-            row |= {"runs": timing.runs, "calls": seen.calls, "waits": seen.waits, "kernels": kernels}
+            ms, ratio = timings[name].median, timings[name].median / timings["ours"].median
+            typer.echo(f"{name:20}{ms:9.3f}{ratio:9.2f}{counted.calls:7}{counted.waits:7}{kernels:>9}")
+            row: dict[str, object] = {
+                "what": "lars",
+                "implementation": name,
+                "size": size,
+                "depth": depth,
+                "params": num_params,
+            }
+            row |= {**timings[name].columns(), "calls": counted.calls, "waits": counted.waits, "kernels": kernels}
             rows.append({**row, "on": device, **where})
         append(record, rows)
 
@@ -125,6 +132,24 @@ def _copied(groups: Groups) -> Groups:
         for p, q in zip(copy["params"], group["params"], strict=True):
             p.grad = q.grad.clone()
     return copies
+
+
+def block(rows: list[Row]) -> str:
+    """One step of each optimizer: what issuing it costs the host, and what it costs in full."""
+    text = ""
+    for part in grouped(newest(rows, ["device", "depth", "size"], ["implementation"]), "device", "depth"):
+        by_name = {(row["implementation"], row["size"]): row for row in part}
+        base = by_name.get(("ours", "real"), {}).get("median_ms", "")
+        lines = []
+        for name in dict.fromkeys(row["implementation"] for row in part):
+            host, real = (by_name.get((name, size), {}) for size in ("host", "real"))
+            ms = real.get("median_ms", "")
+            counts = [(real or host)[count] for count in ("calls", "waits", "kernels")]
+            lines.append([name, number(host.get("median_ms", "")), number(ms), times(ms, base), *counts])
+        head = ["optimizer", "host ms", "ms", "of ours", "calls", "waits", "kernels"]
+        text += f"\nOne step on ResNet-{part[0]['depth']} and its head: issued to parameters of a few numbers (host), "
+        text += "and in full.\n\n" + table(head, lines) + conditions(part, "lars.csv")
+    return text + "\n"
 
 
 if __name__ == "__main__":

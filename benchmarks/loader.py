@@ -4,84 +4,44 @@
     python -m benchmarks.loader SHARDS --images FOLDER --size 32        CIFAR's views
     python -m benchmarks.loader SHARDS --device cuda                    also hw_decoder_load, and memory over 2000 steps
 
-Stages are the pipeline itself with what follows them left out, so what one adds is the difference to the one before. On
-a CPU the matrix that normalises a fast view is the one that recolours it, so there colour adds next to nothing.
-Peers read the same images from class folders, or the same shards, with the same probabilities, strengths and sizes:
-torchvision's transforms on PIL images and (v2) on tensors, lightly's SimCLRTransform where it is installed, webdataset
-with torchvision's, each with one DataLoader worker per core; and DALI graphs written the usual way: colour by
-color_twist, blur with the widest window, on the images that a coin picks (conditionals) or on all of them with the
-coin deciding which result to keep (masks, as solo-learn does).
+Stages are the pipeline itself with what follows them left out, so a stage costs the difference to the one before. On a
+CPU the matrix that normalises a fast view is the one that recolours it, so there colour adds next to nothing. Peers are
+in benchmarks/peers.py.
 
-Every loader lives in a process of its own, pinned to the same cores, and stands still between its turns; rounds go
-through all of them, the first is warm-up, and the median of the rest counts. Rows go to records/loader.csv, the plot to
-records/loader-DEVICE-SIZE.png. CPU ms per source image depend on what else the machine does far less than images/s do,
-but still by a third: for either, look at the record's `load`, and compare within one run only.
+Every loader is a program of its own, see benchmarks/programs.py, and all are pinned to the same cores. Rows go to
+records/loader.csv, the plot to records/loader-DEVICE-SIZE.png. CPU ms per source image depend on what else the machine
+does far less than images/s do, but still by a third: look at the record's `load`, and compare within one run only.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import multiprocessing
 import os
-import signal
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from importlib import metadata
-from importlib.util import find_spec
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import typer
-from torch import Tensor
 
-from benchmarks.measure import (
-    RECORDS,
-    Timing,
-    append,
-    cpu_seconds,
-    die_with_parent,
-    environment,
-    held_mib,
-    peak_host_mib,
-    save_plot,
-    timing,
-)
+from benchmarks import peers
+from benchmarks.measure import Timing, held_mib, timing
+from benchmarks.peers import Batches, Task
+from benchmarks.programs import SLICE_S, Failure, Progress, Timeline, in_slices, round_edges
+from benchmarks.tables import Row, by_number, conditions, grouped, newest, number, of_one_commit, table, times
 from pipeline.loader import Loader
 from pipeline.order import Order
 from pipeline.reader import Encoded, Reader, ahead
 from pipeline.shards import Dataset, read_dataset
 from pipeline.views import ViewConfig, make_views, parse_changes
+from tools.records import RECORDS, append, environment, save_plot
 
 ROUNDS = 5
 OURS = "SwiftCLR"
 HAND_OVER = "normalise, hand over"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """What a loader is asked for: both views of `shards` or `images` (class folders of the same files), endlessly."""
-
-    shards: Path
-    images: Path | None = None
-    views: ViewConfig
-    batch_size: int
-    threads: int  # of DALI, or workers of a DataLoader; on a CPU also the number of cores they share
-    device: str = "cpu"
-    hw_decoder_load: float | None = None  # None: the loader's own choice
-
-    @property
-    def device_id(self) -> int | None:
-        return 0 if self.device == "cuda" else None
-
-
-SHUFFLE = 2048  # samples in the shuffle buffer of loaders that have one
-Batches = Iterator[tuple[int, Sequence[Tensor]]]  # source images, and their two views (n, 3, S, S) where it makes any
 
 
 def main(
@@ -100,6 +60,7 @@ def main(
     memory_steps: Annotated[int | None, typer.Option(help="watched for growth; default 2000 on CUDA")] = None,
     out: Annotated[Path, typer.Option(help="folder of loader.csv and the plot")] = RECORDS,
 ) -> None:
+    """Measure every stage and, with --images, every peer."""
     cuda = device == "cuda"
     if cuda and not torch.cuda.is_available():
         raise typer.BadParameter("no CUDA device here", param_hint="--device")
@@ -125,38 +86,38 @@ def main(
     }
     rows: list[dict[str, Any]] = []
 
-    def record(what: str, label: str, asked: Task, **found: object) -> None:
-        row = {"what": what, "implementation": label, **dict.fromkeys(COLUMNS, ""), **found, **facts}
-        rows.append(row | {"threads": asked.threads, "hw_decoder_load": asked.hw_decoder_load})
+    def record(what: str, label: str, run: Task, **measured: object) -> None:
+        row = {"what": what, "implementation": label, **dict.fromkeys(COLUMNS, ""), **measured, **facts}
+        rows.append(row | {"threads": run.threads, "hw_decoder_load": run.hw_decoder_load})
         append(out.resolve() / "loader.csv", rows[-1:])
 
     def measure(what: str, runs: dict[str, tuple[str, Task]]) -> None:
         for label, timings in interleaved(runs, seconds).items():
-            name, asked = runs[label]
-            record(what, label, asked, **numbers(*timings), version=version(name))
+            name, run = runs[label]
+            record(what, label, run, **numbers(*timings), version=peers.version(name))
         print_table(rows[-len(runs) :])
 
     for count in counts:
-        asked = replace(task, threads=count)
-        measure("stage", {name: (name, asked) for name in stages(config, dataset)})
+        on_count = replace(task, threads=count)
+        measure("stage", {name: (name, on_count) for name in stages(config, dataset)})
         if cuda:
             loads = hw_decoder_load or [0.0, 0.35, 0.65, 0.9]
-            measure("decoder", {f"{OURS}, {load}": (OURS, replace(asked, hw_decoder_load=load)) for load in loads})
+            measure("decoder", {f"{OURS}, {load}": (OURS, replace(on_count, hw_decoder_load=load)) for load in loads})
     if images:
-        measure("loader", {name: (name, task) for name in peers()})
+        measure("loader", {name: (name, task) for name in (*LOADERS, *peers.installed())})
     if steps := 2000 * cuda if memory_steps is None else memory_steps:
         grown = f"{memory_growth(task, steps):.1f}"
         record(f"memory, {steps} steps", OURS, task, growth_mib=grown)
         print(f"\n{grown} MiB more in use after {steps} steps than after {max(1, steps // 10)}")
-    plot(rows, out / f"loader-{device}-{size}.png")
+    draw(rows, out / f"loader-{device}-{size}.png")
 
 
 def check_input(dataset: Dataset, images: Path | None) -> None:
     """Raises typer.BadParameter where a comparison would not be one."""
-    found = sum(path.is_file() for path in images.glob("*/*")) if images else dataset.samples
-    if found != dataset.samples:
+    files = sum(path.is_file() for path in images.glob("*/*")) if images else dataset.samples
+    if files != dataset.samples:
         raise typer.BadParameter(
-            f"{images} has {found} files in class folders, the shards have {dataset.samples} samples: "
+            f"{images} has {files} files in class folders, the shards have {dataset.samples} samples: "
             "the loaders would not read the same images"
         )
 
@@ -222,7 +183,7 @@ def hand_over(task: Task) -> Batches:
 
     from pipeline import colour, graph, loader
 
-    loader.keep_freed_memory()  # as where it is a part of the pipeline
+    loader.keep_freed_memory()  # as the pipeline does
     n, size, gpu = task.batch_size, task.views.size, task.device == "cuda"
     pixels = np.random.default_rng(0).integers(0, 256, (n, size, size, 3), np.uint8)
     levels, same, none = torch.from_numpy(pixels), torch.eye(3).expand(2 * n, 3, 3), torch.zeros(2 * n, 3, 3)
@@ -242,6 +203,7 @@ def hand_over(task: Task) -> Batches:
         yield n, views.movedim(-1, 1).chunk(2)
 
 
+LOADERS: dict[str, Callable[[Task], Batches]] = {OURS: ours, f"{OURS}, reference": partial(ours, profile="reference")}
 STAGES: dict[str, Callable[[Task], Batches]] = {
     "read": read,
     "decode": decode,
@@ -260,311 +222,61 @@ def stages(config: ViewConfig, dataset: Dataset) -> list[str]:
     return [name for name in STAGES if name not in idle]
 
 
-# ------------------------------------------------------------------------------------------------------------- peers
+# ---------------------------------------------------------------------------------------------------------- measuring
 
 
-class TwoViews:
-    """Both views of an image, by one transform."""
+def load(name: str, task: Task) -> Iterator[Progress]:
+    """A stage, ours or a peer as a measured program; without a GPU it keeps to as many cores as it has threads.
 
-    def __init__(self, transform: Callable[[Any], Tensor]) -> None:
-        self.transform = transform
-
-    def __call__(self, image: Any) -> tuple[Tensor, Tensor]:
-        return self.transform(image), self.transform(image)
-
-
-def simclr_transform(transforms: Any, to_float: Callable[[Any], Tensor], c: ViewConfig) -> Callable[[Any], Tensor]:
-    """SimCLR's augmentation of torchvision.transforms, or of its v2, which has the same names."""
-    strength = c.jitter_strength
-    interpolation = {"linear": transforms.InterpolationMode.BILINEAR, "cubic": transforms.InterpolationMode.BICUBIC}
-    jitter = transforms.ColorJitter(
-        c.brightness * strength, c.contrast * strength, c.saturation * strength, c.hue * strength
-    )
-    blur = transforms.GaussianBlur(c.max_window, c.blur_sigma)
-    return transforms.Compose(
-        [
-            transforms.RandomResizedCrop(
-                c.size, c.crop_area, c.crop_ratio, interpolation=interpolation[c.interpolation], antialias=True
-            ),
-            transforms.RandomHorizontalFlip(c.flip_p),
-            transforms.RandomApply([jitter], c.jitter_p),
-            transforms.RandomGrayscale(c.grayscale_p),
-            *([transforms.RandomApply([blur], c.blur_p)] if c.blur_p else []),
-            to_float,
-            transforms.Normalize(c.mean, c.std),
-        ]
-    )
-
-
-def batches_of(task: Task, dataset: Any, **options: Any) -> Batches:
-    """A DataLoader with one worker per core over ((view, view), label)."""
-    options |= {"num_workers": task.threads, "multiprocessing_context": "fork", "pin_memory": task.device == "cuda"}
-    loader = torch.utils.data.DataLoader(dataset, persistent_workers=True, **options)
-    for views, _ in loader:
-        yield len(views[0]), views
-
-
-def endless(dataset: Any, task: Task) -> dict[str, Any]:
-    """Options that shuffle a dataset anew every epoch, with no pause between epochs."""
-    sampler = torch.utils.data.RandomSampler(dataset, num_samples=2**40)
-    return {"sampler": sampler, "batch_size": task.batch_size}
-
-
-def folder(task: Task, transform: Callable[[Any], Tensor], **options: Any) -> Batches:
-    from torchvision.datasets import ImageFolder
-
-    dataset = ImageFolder(str(task.images), TwoViews(transform), **options)
-    return batches_of(task, dataset, **endless(dataset, task))
-
-
-def torchvision_pil(task: Task) -> Batches:
-    from torchvision import transforms
-
-    return folder(task, simclr_transform(transforms, transforms.ToTensor(), task.views))
-
-
-def torchvision_v2(task: Task) -> Batches:
-    from torchvision.io import ImageReadMode, decode_image
-    from torchvision.transforms import v2
-
-    transform = simclr_transform(v2, v2.ToDtype(torch.float32, scale=True), task.views)
-    return folder(task, transform, loader=partial(decode_image, mode=ImageReadMode.RGB))
-
-
-def lightly_simclr(task: Task) -> Batches:
-    from lightly.transforms import SimCLRTransform
-
-    c = task.views
-    transform = SimCLRTransform(
-        input_size=c.size,
-        cj_prob=c.jitter_p,
-        cj_strength=c.jitter_strength,
-        cj_bright=c.brightness,
-        cj_contrast=c.contrast,
-        cj_sat=c.saturation,
-        cj_hue=c.hue,
-        min_scale=c.crop_area[0],
-        random_gray_scale=c.grayscale_p,
-        gaussian_blur=c.blur_p,
-        sigmas=c.blur_sigma,
-        hf_prob=c.flip_p,
-        normalize={"mean": list(c.mean), "std": list(c.std)},
-    )
-    from torchvision.datasets import ImageFolder
-
-    dataset = ImageFolder(str(task.images), transform)  # it gives both views itself
-    return batches_of(task, dataset, **endless(dataset, task))
-
-
-def webdataset(task: Task) -> Batches:
-    import webdataset as wds
-    from torchvision import transforms
-
-    dataset = read_dataset(task.shards)
-    members = [";".join(dataset.extensions), *(["cls"] if dataset.labelled else ["__key__"])]
-    views = TwoViews(simclr_transform(transforms, transforms.ToTensor(), task.views))
-    stream = wds.WebDataset(dataset.tars, resampled=True, shardshuffle=False).shuffle(SHUFFLE // task.threads)
-    stream = stream.decode("pilrgb").to_tuple(*members).map_tuple(views, lambda label: label)
-    return batches_of(task, stream.batched(task.batch_size, collation_fn=_collate), batch_size=None)
-
-
-def _collate(samples: list[Any]) -> Any:
-    return torch.utils.data.default_collate(samples)
-
-
-def usual_dali(task: Task, *, masks: bool = False) -> Batches:
-    """One decode, then per view: random_resized_crop, color_twist, grey by saturation 0, blur, and normalised flip."""
-    from nvidia.dali import fn, pipeline_def, types
-
-    c, gpu = task.views, task.device == "cuda"
-
-    def uniform(middle: float, width: float) -> Any:
-        return fn.random.uniform(range=[max(middle - width, 0.0) if middle else -width, middle + width])
-
-    def jitter(view: Any) -> Any:
-        b, k, s, h = (c.jitter_strength * x for x in (c.brightness, c.contrast, c.saturation, c.hue))
-        return fn.color_twist(
-            view, brightness=uniform(1, b), contrast=uniform(1, k), saturation=uniform(1, s), hue=uniform(0, 360 * h)
-        )
-
-    def gray(view: Any) -> Any:
-        return fn.hsv(view, saturation=0.0)
-
-    def blur(view: Any) -> Any:
-        return fn.gaussian_blur(view, sigma=fn.random.uniform(range=c.blur_sigma), window_size=c.max_window)
-
-    def sometimes(operation: Any, view: Any, p: float) -> Any:
-        if masks:
-            picked = fn.random.coin_flip(probability=p, dtype=types.UINT8)
-            return operation(view) * picked + view * (1 - picked)
-        if fn.random.coin_flip(probability=p, dtype=types.BOOL):
-            view = operation(view)
-        return view
-
-    def augment(image: Any) -> Any:
-        kind = {"linear": types.INTERP_LINEAR, "cubic": types.INTERP_CUBIC}[c.interpolation]
-        area, ratio = list(c.crop_area), list(c.crop_ratio)
-        view = fn.random_resized_crop(
-            image, size=[c.size, c.size], random_area=area, random_aspect_ratio=ratio, interp_type=kind
-        )
-        view = sometimes(jitter, view, c.jitter_p)
-        view = sometimes(gray, view, c.grayscale_p)
-        if c.blur_p > 0:
-            view = sometimes(blur, view, c.blur_p)
-        return fn.crop_mirror_normalize(
-            view,
-            mirror=fn.random.coin_flip(probability=c.flip_p),
-            mean=[255 * m for m in c.mean],
-            std=[255 * s for s in c.std],
-            dtype=types.FLOAT,
-        )
-
-    @pipeline_def(
-        batch_size=task.batch_size, num_threads=task.threads, device_id=task.device_id, enable_conditionals=not masks
-    )
-    def build() -> Any:
-        encoded, _ = fn.readers.file(file_root=str(task.images), random_shuffle=True, initial_fill=SHUFFLE)
-        image = fn.decoders.image(encoded, device="mixed" if gpu else "cpu", output_type=types.RGB)
-        return augment(image), augment(image)
-
-    pipe = build()
-    while True:
-        yield task.batch_size, [torch.from_dlpack(view.as_tensor()) for view in pipe.run()]
-
-
-PEERS: dict[str, Callable[[Task], Batches]] = {
-    OURS: ours,
-    f"{OURS}, reference": partial(ours, profile="reference"),
-    "torchvision, PIL": torchvision_pil,
-    "torchvision v2, tensors": torchvision_v2,
-    "webdataset + torchvision": webdataset,
-    "lightly": lightly_simclr,
-    "DALI, conditionals": usual_dali,
-    "DALI, masks": partial(usual_dali, masks=True),
-}
-
-
-def peers() -> list[str]:
-    """Ours and those that are installed."""
-    if find_spec("lightly"):
-        return list(PEERS)
-    print("lightly is not installed and left out")
-    return [name for name in PEERS if name != "lightly"]
-
-
-def version(name: str) -> str:
-    """Of the library that a loader shows, where it is not ours."""
-    package = name.replace(",", " ").split()[0]
-    return metadata.version(package) if package in ("torchvision", "webdataset", "lightly") else ""
-
-
-# ------------------------------------------------------------------------------------------------------------- turns
-
-
-@dataclass(frozen=True)
-class Turn:
-    """Source images delivered in one turn, on the clock and in processor time of all threads and workers."""
-
-    images: int
-    wall_s: float
-    cpu_s: float
-    peak_host_mib: float
-
-
-def take_turn(batches: Batches, seconds: float, multiple: int) -> Turn:
-    """Batches for so many seconds, then up to a multiple: workers tend to finish theirs together."""
-    images, start, cpu = 0, time.perf_counter(), cpu_seconds()
-    for count in itertools.count():
-        if time.perf_counter() - start >= seconds and count and count % multiple == 0:
-            break
-        images += next(batches)[0]
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return Turn(images, time.perf_counter() - start, cpu_seconds() - cpu, peak_host_mib())
-
-
-def interleaved(runs: dict[str, tuple[str, Task]], seconds: float) -> dict[str, tuple[Timing, Timing]]:
-    """Milliseconds per source image, (on the clock, of processor time), of loaders in STAGES or PEERS, by label."""
-    with contextlib.ExitStack() as stack:
-        turns = [stack.enter_context(standing_still(*run)) for run in runs.values()]
-        rounds = [[turn(seconds / ROUNDS) for turn in turns] for _ in range(ROUNDS + 1)][1:]
-    return {
-        label: (
-            timing([1e3 * turn.wall_s / turn.images for turn in mine]),
-            timing([1e3 * turn.cpu_s / turn.images for turn in mine]),
-        )
-        for label, mine in zip(runs, zip(*rounds, strict=True), strict=True)
-    }
-
-
-@contextlib.contextmanager
-def standing_still(name: str, task: Task) -> Iterator[Callable[[float], Turn]]:
-    """A loader in a process of its own that moves only while the function given is called; raises RuntimeError.
-
-    It is the one of STAGES or PEERS of that name. A turn ends with a multiple of as many batches as it has workers;
-    without a GPU it keeps to so many cores.
-
-    In between, its process group is stopped: no queue is filled in another's turn, and none starts a turn full.
+    Workers tend to finish together, so progress is that of a batch from each.
     """
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_serve, args=((STAGES | PEERS)[name], task, there))
-    process.start()
-    there.close()
-    group = process.pid or 0
-
-    def turn(seconds: float) -> Turn:
-        with contextlib.suppress(ProcessLookupError):  # before its first turn it may have no group yet
-            os.killpg(group, signal.SIGCONT)
-        here.send(seconds)
-        try:
-            said = here.recv()
-        except EOFError:
-            process.join()
-            raise RuntimeError(f"{name} died with exit code {process.exitcode}") from None
-        if isinstance(said, str):
-            raise RuntimeError(f"{name}: {said}")
-        os.killpg(group, signal.SIGSTOP)
-        taken: Turn = said
-        return taken
-
-    try:
-        yield turn
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(group, signal.SIGKILL)
-        process.kill()
-        process.join()
-
-
-def _serve(make: Callable[[Task], Batches], task: Task, link: Connection) -> None:
-    die_with_parent()
-    os.setpgid(0, 0)
     if task.device == "cpu":
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: task.threads])
     torch.set_num_threads(task.threads)
-    try:
-        batches = make(task)
-        while True:
-            link.send(take_turn(batches, link.recv(), task.threads))
-    except (EOFError, BrokenPipeError):  # the benchmark has ended
-        return
-    except Exception as error:
-        link.send(f"{type(error).__name__}: {error}")
+    batches = (STAGES | LOADERS | peers.PEERS)[name](task)
+    while True:
+        images = sum(next(batches)[0] for _ in range(task.threads))
+        if task.device == "cuda":
+            torch.cuda.synchronize()
+        yield Progress(images)
+
+
+def interleaved(runs: dict[str, tuple[str, Task]], seconds: float) -> dict[str, tuple[Timing, Timing]]:
+    """Milliseconds per source image, (on the clock, of processor time), for runs {label: (name, task)}.
+
+    `seconds` is for each; all run in turn. Raises RuntimeError if one fails.
+    """
+    cuda = any(task.device == "cuda" for _, task in runs.values())
+    programs = {label: partial(load, *run) for label, run in runs.items()}
+    slice_s = seconds / (2 * ROUNDS) if cuda else SLICE_S
+    results = in_slices(programs, seconds * len(runs), fewest=ROUNDS, slice_s=slice_s)
+    timelines = dict[str, Timeline]()
+    for label, result in results.items():
+        if isinstance(result, Failure):
+            raise RuntimeError(f"{label}: {result}")
+        timelines[label] = result
+    edges = round_edges(list(timelines.values()), ROUNDS)
+    return {
+        label: (
+            timing([1e3 / rate for rate in timeline.rates(edges)]),
+            timing([1e3 * cpu_s for cpu_s in timeline.cpu_s_per_image(edges)]),
+        )
+        for label, timeline in timelines.items()
+    }
 
 
 def memory_growth(task: Task, steps: int) -> float:
     """MiB in use after `steps` batches of ours, above what a tenth of them left."""
     batches, early = ours(task), max(1, steps // 10)
-    held = []
+    held_at = []
     for step in range(1, steps + 1):
         next(batches)
         if step in (early, steps):
-            held.append(held_mib(task.device))
-    return held[-1] - held[0]
+            held_at.append(held_mib(task.device))
+    return held_at[-1] - held_at[0]
 
 
-# ------------------------------------------------------------------------------------------------------------ report
+# ------------------------------------------------------------------------------------------------ rows, table, plot
 
 COLUMNS = (
     *("images_per_s", "p20_images_per_s", "p80_images_per_s", "cpu_ms", "p20_cpu_ms", "p80_cpu_ms", "runs"),
@@ -606,7 +318,72 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         print(f"{name:34} {row['images_per_s']:>9} {row['cpu_ms']:>8} {last:>9}")
 
 
-def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+def block(rows: list[Row]) -> str:
+    """Loaders of the same images, and the stages of ours."""
+    text = ""
+    for part in newest_runs(rows):
+        contest, stage_rows = ([row for row in part if row["what"] == what] for what in ("loader", "stage"))
+        first = part[0]
+        title = f"Two views of {first['size']} px from {first['data']}, views {first['views']}, loaders alone"
+        if contest:
+            lines = [
+                [
+                    f"{row['implementation']} {row['version']}".strip(),
+                    *map(number, (row["images_per_s"], row["cpu_ms"])),
+                    times(row["cpu_ms"], contest[0]["cpu_ms"]),
+                ]
+                for row in contest
+            ]
+            files = first.get("peers_files") or "as they are, perhaps compressed where the shards are not"
+            text += f"\n{title}; the others, but for webdataset, read the same images in class folders: {files}.\n\n"
+            text += table(["loader", "images/s", "CPU ms per image", "of ours"], lines)
+        if stage_rows:
+            counts = dict.fromkeys(row["threads"] for row in by_number(stage_rows, "threads"))
+            cells = {
+                (row["implementation"], row["threads"]): f"{number(row['images_per_s'])}, {number(row['cpu_ms'])} ms"
+                for row in stage_rows
+            }
+            names = dict.fromkeys(row["implementation"] for row in stage_rows)
+            lines = [[name, *(cells.get((name, count), "") for count in counts)] for name in names]
+            head = ["stage, with those above", *(f"{count} thread{'s' * (count != '1')}" for count in counts)]
+            text += f"\n{title}, by stages (the last stands alone): images/s, CPU ms per image.\n\n"
+            text += table(head, lines)
+        text += conditions(part, "loader.csv", plot_name(first))
+    return text + "\n" if text else ""
+
+
+def headline(rows: list[Row]) -> str:
+    """Ours beside torchvision's usual transforms, at each size."""
+    text = ""
+    for part in newest_runs(rows):
+        cpu_ms = {row["implementation"]: row["cpu_ms"] for row in part if row["what"] == "loader"}
+        if ours_ms := cpu_ms.get(OURS):
+            peer_ms = cpu_ms["torchvision, PIL"]
+            text += f"- Two views of {part[0]['size']} px take {number(ours_ms)} ms of processor time per image; "
+            text += f"torchvision's transforms take {number(peer_ms)} ms, {times(peer_ms, ours_ms)} as much.\n"
+            text += "  " + conditions(part, "loader.csv").lstrip()
+    return text
+
+
+def newest_runs(rows: list[Row]) -> list[list[Row]]:
+    """The newest run of each size on CPU and GPU: one file, one plot."""
+    timed = [row | {"kind": "cuda" if row["driver"] else "cpu"} for row in rows if row["cpu_ms"]]
+    keys = ["kind", "size"]
+    parts = grouped(newest(timed, keys, ["what", "implementation", "threads"]), *keys)
+    return [of_one_commit(part, "what", "implementation", "threads") for part in parts]
+
+
+def plot_name(row: Row) -> str:
+    return f"loader-{'cuda' if row['driver'] else 'cpu'}-{row['size']}.png"
+
+
+def plots(rows: list[Row], folder: Path) -> None:
+    for part in newest_runs(rows):
+        if any(row["what"] == "stage" for row in part):
+            draw([row | {"threads": int(row["threads"])} for row in part], folder / plot_name(part[0]))
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """CPU ms per source image: of the stages for each number of threads, and of ours beside its peers."""
     from matplotlib.figure import Figure
 
@@ -640,8 +417,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         f"DALI {first['dali']}, torch {first['torch']}, {first['commit']}, {first['date']}",
         fontsize=8,
     )
-    save_plot(figure, path, 120)
-    print(f"\nplot: {path}")
+    save_plot(figure, path)
 
 
 if __name__ == "__main__":

@@ -17,23 +17,27 @@ machine only --threads 1 compares the work.
 
 from __future__ import annotations
 
+import functools
 import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
+import psutil
 import torch
 import typer
 from torch import Tensor
 
-from benchmarks.measure import RECORDS, Timing, append, environment, peak_extra_mib, save_plot, time_interleaved
+from benchmarks.measure import Timing, peak_extra_mib, time_interleaved
+from benchmarks.tables import Row, by_number, conditions, grouped, newest, number, of_one_commit, table, times
 from model import nt_xent as module
 from model.nt_xent import nt_xent, resolve
+from tools.records import RECORDS, append, environment, save_plot
 
 Loss = Callable[[Tensor], Tensor]
 
@@ -79,28 +83,23 @@ def main(
 
 def contestants(device: str, rows: int, dim: int, temperature: float, compiled: bool = True) -> dict[str, Loss]:
     """Losses of z (rows, dim). Those that store matrices leave when a few of them no longer fit."""
-    found: dict[str, Loss] = {}
-    for name, operands in [
-        ("chunked", None),
-        ("chunked", "bf16"),
-        ("triton", None),
-        ("triton", "bf16"),
-        ("triton", "tf32"),
-    ]:
+    losses: dict[str, Loss] = {}
+    kinds = [("chunked", None), ("chunked", "bf16"), ("triton", None), ("triton", "bf16"), ("triton", "tf32")]
+    for name, operands in kinds:
         try:
             resolve(name, device, rows=rows, dim=dim, temperature=temperature, operands=operands)  # type: ignore[arg-type]
         except ValueError:
             continue
         label = f"{name} {operands}" if operands else name
-        found[label] = lambda z, name=name, operands=operands: nt_xent(z, temperature, impl=name, operands=operands)  # type: ignore[misc]
+        losses[label] = lambda z, name=name, operands=operands: nt_xent(z, temperature, impl=name, operands=operands)  # type: ignore[misc]
     if 6 * 4 * rows**2 < _free_bytes(device):
-        found["reference"] = lambda z: nt_xent(z, temperature, impl="reference")
+        losses["reference"] = lambda z: nt_xent(z, temperature, impl="reference")
         if compiled:
             torch.compiler.reset()  # or the fourth size meets the recompilation limit, and eager code is timed
             compile_ = torch.compile(module.reference, dynamic=False, fullgraph=True)
-            found["reference, torch.compile"] = lambda z: compile_(z, temperature)
-        found |= _peers(device, rows, temperature)
-    return found
+            losses["reference, torch.compile"] = lambda z: compile_(z, temperature)
+        losses |= _peers(device, rows, temperature)
+    return losses
 
 
 def _peers(device: str, rows: int, temperature: float) -> dict[str, Loss]:
@@ -128,8 +127,7 @@ def _peers(device: str, rows: int, temperature: float) -> dict[str, Loss]:
 def _free_bytes(device: str) -> int:
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(fields["MemAvailable"].split()[0]) * 1024
+    return int(psutil.virtual_memory().available)
 
 
 # --------------------------------------------------------------------------------------------------------- the limit
@@ -141,6 +139,7 @@ def cpu_limits(rows: int, dim: int) -> dict[str, dict[str, Callable[[], object]]
     blocks = rows // edge
     triangle = blocks * (blocks + 1) // 2
     u, e = torch.randn(edge, dim), torch.rand(edge, edge)
+    pool = _pool(torch.get_num_threads())
 
     def logits() -> None:
         torch.mm(u, u.T)
@@ -152,15 +151,7 @@ def cpu_limits(rows: int, dim: int) -> dict[str, dict[str, Callable[[], object]]
         torch.exp(e)
 
     def work(tasks: list[Callable[[], None]]) -> Callable[[], object]:
-        def run() -> None:
-            with module._no_team("cpu"):
-                if module._team.size == 1:
-                    for task in tasks:
-                        task()
-                else:
-                    list(module._pool(module._team.size).map(lambda task: task(), tasks))
-
-        return run
+        return lambda: list(pool.map(lambda task: task(), tasks))
 
     return {
         FORWARD: {"limit: products": work([logits] * triangle), "limit: exp": work([exponentials] * triangle)},
@@ -169,6 +160,18 @@ def cpu_limits(rows: int, dim: int) -> dict[str, dict[str, Callable[[], object]]
             "limit: exp": work([exponentials] * 2 * triangle),
         },
     }
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, initializer=_one_thread)
+
+
+def _one_thread() -> None:
+    """Each operation of this thread runs on it alone."""
+    torch.get_num_threads()  # the first question sets a thread's number to the process's; only then set its own
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
 
 
 def cuda_limits(rows: int, dim: int) -> dict[str, dict[str, float]]:
@@ -208,12 +211,12 @@ def sweep(device: str, sizes: list[int], dim: int, temperature: float, budget_s:
             for label, timing in timings.items():
                 peak = f"{peak_extra_mib(runs[label], device):.1f}" if label in runs else ""
                 row = {"what": "nt_xent", "implementation": label, "mode": mode, "rows": rows, "dim": dim}
-                row |= {"temperature": temperature, **_ms(timing), "peak_mib": peak, **where}
+                row |= {"temperature": temperature, **timing.columns(), "peak_mib": peak, **where}
                 rows_of_record.append(row)
                 append("loss.csv", [row])
         _print_table(rows_of_record, rows)
-    name = "cuda" if device == "cuda" else f"cpu-{torch.get_num_threads()}-threads"
-    plot(rows_of_record, RECORDS / f"loss-{name}.png")
+    rows_as_read = [{key: str(value) for key, value in row.items()} for row in rows_of_record]
+    draw(rows_as_read, RECORDS / plot_name(rows_as_read[0]))
 
 
 def _step(loss: Loss, z: Tensor, mode: str) -> Callable[[], object]:
@@ -228,15 +231,6 @@ def _step(loss: Loss, z: Tensor, mode: str) -> Callable[[], object]:
     return forward if mode == FORWARD else both
 
 
-def _ms(timing: Timing) -> dict[str, object]:
-    return {
-        "median_ms": f"{timing.median:.4g}",
-        "p20_ms": f"{timing.p20:.4g}",
-        "p80_ms": f"{timing.p80:.4g}",
-        "runs": timing.runs,
-    }
-
-
 def _print_table(record: list[dict[str, object]], rows: int) -> None:
     print(f"\n{rows} rows{'':20} {'forward ms':>12} {'fwd+bwd ms':>12} {'peak MiB':>9} {'of reference':>13}")
     here = {(row["implementation"], row["mode"]): row for row in record if row["rows"] == rows}
@@ -247,38 +241,98 @@ def _print_table(record: list[dict[str, object]], rows: int) -> None:
         print(f"{label:30} {forward['median_ms']:>12} {both['median_ms']:>12} {both['peak_mib']:>9} {ratio:>13}")
 
 
-def plot(record: Sequence[Mapping[str, object]], path: Path) -> None:
+# ---------------------------------------------------------------------------------------------------- table and plot
+
+
+def block(rows: list[Row]) -> str:
+    """Forward and backward over the rows, for each device with as many threads as were measured."""
+    text = "\nNT-Xent, forward and backward: milliseconds, and MiB at the peak; compare within a line.\n"
+    for part in _most_threads(rows):
+        measured = [row for row in part if row["mode"] == BOTH and "limit" not in row["implementation"]]
+        sizes = grouped(measured, "rows")
+        names = [row["implementation"] for row in sizes[-1]]
+        lines = []
+        for size in sizes:
+            cells = {
+                row["implementation"]: f"{number(row['median_ms'], ' ms')}, {number(row['peak_mib'], ' MiB')}"
+                for row in size
+            }
+            lines.append([size[0]["rows"], *(cells.get(name, "") for name in names), size[0]["load"]])
+        text += "\n" + table(["rows", *names, "load"], lines) + conditions(measured, "loss.csv", plot_name(part[0]))
+    return text + "\n"
+
+
+def headline(rows: list[Row]) -> str:
+    """Ours beside lightly's, at the most rows that were measured under a load of fewer programs than threads."""
+    text = ""
+    for part in _most_threads(rows):
+        calm = [row for row in part if row["mode"] == BOTH and float(row["load"]) < int(row["threads"])]
+        by_kind = {(row["rows"], row["implementation"]): row for row in calm}
+        sizes = [rows for rows, name in by_kind if name == "lightly"]
+        if sizes:
+            ours = by_kind.get((sizes[-1], "triton")) or by_kind[sizes[-1], "chunked"]
+            theirs = by_kind[sizes[-1], "lightly"]
+            text += (
+                f"- NT-Xent of {sizes[-1]} rows, forward and backward, takes {number(ours['median_ms'], ' ms')} and "
+            )
+            text += f"{number(ours['peak_mib'], ' MiB')}; lightly's takes {number(theirs['median_ms'], ' ms')} and "
+            text += f"{number(theirs['peak_mib'], ' MiB')}: {times(theirs['median_ms'], ours['median_ms'])} the time.\n"
+            text += "  " + conditions([ours, theirs], "loss.csv").lstrip()
+    return text
+
+
+def newest_runs(rows: list[Row]) -> list[list[Row]]:
+    """The newest rows of each device and number of threads, the rows of z ascending."""
+    keys = ["device", "threads", "dim", "temperature"]
+    parts = grouped(by_number(newest(rows, [*keys, "rows"], ["implementation", "mode"]), "rows"), *keys)
+    return [of_one_commit(part, "rows", "implementation", "mode") for part in parts]
+
+
+def _most_threads(rows: list[Row]) -> list[list[Row]]:
+    parts = sorted(newest_runs(rows), key=lambda part: int(part[0]["threads"]))
+    return list({part[0]["device"]: part for part in parts}.values())
+
+
+def plot_name(row: Row) -> str:
+    return f"loss-{'cuda' if row['driver'] else 'cpu-' + row['threads'] + '-threads'}.png"
+
+
+def plots(rows: list[Row], folder: Path) -> None:
+    for part in newest_runs(rows):
+        draw(part, folder / plot_name(part[0]))
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
     """Time and memory of forward and backward over the rows."""
     from matplotlib.figure import Figure
 
-    both = [row for row in record if row["mode"] == BOTH]
+    both = [row for row in rows if row["mode"] == BOTH]
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     time_axes, memory_axes = figure.subplots(1, 2)
-    for label in dict.fromkeys(str(row["implementation"]) for row in both):
+    for label in dict.fromkeys(row["implementation"] for row in both):
         mine = [row for row in both if row["implementation"] == label]
-        sizes = [int(str(row["rows"])) for row in mine]
-        style = {"color": "0.6", "linestyle": ":" if "exp" in label else "--"} if "limit" in label else {"marker": "o"}
-        time_axes.plot(sizes, [float(str(row["median_ms"])) for row in mine], label=label, **style)  # type: ignore[arg-type]
-        if "limit" not in label:
-            memory_axes.plot(sizes, [max(0.1, float(str(row["peak_mib"]))) for row in mine], label=label, marker="o")
+        sizes, is_limit = [int(row["rows"]) for row in mine], "limit" in label
+        style = {"color": "0.6", "linestyle": ":" if "exp" in label else "--"} if is_limit else {"marker": "o"}
+        time_axes.plot(sizes, [float(row["median_ms"]) for row in mine], label=label, **style)
+        if not is_limit:
+            memory_axes.plot(sizes, [max(0.1, float(row["peak_mib"])) for row in mine], label=label, marker="o")
     time_axes.set(title="forward + backward, median ms", ylabel="ms")
     memory_axes.set(title="peak extra memory", ylabel="MiB")
     for axes in (time_axes, memory_axes):
         axes.set(xscale="log", yscale="log", xlabel="rows (two views of N images)")
-        axes.set_xticks(sorted({int(str(row["rows"])) for row in both}))
+        axes.set_xticks(sorted({int(row["rows"]) for row in both}))
         axes.get_xaxis().set_major_formatter(lambda value, _: f"{value:g}")
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     time_axes.legend(fontsize=8)
     first = both[0]
-    loads = sorted(float(str(row["load"])) for row in both)
+    loads = sorted(float(row["load"]) for row in both)
     figure.suptitle(
         f"NT-Xent, D = {first['dim']}, temperature {first['temperature']}: {first['device']}, "
         f"{first['threads']} thread(s), load {loads[0]:g} to {loads[-1]:g}, torch {first['torch']}, {first['date']}",
         fontsize=10,
     )
     save_plot(figure, path, 130)
-    print(f"\nplot: {path.name}")
 
 
 # --------------------------------------------------------------------------------------------------- the kernels alone
@@ -298,8 +352,8 @@ def check_kernels() -> None:
     )
     # Calls that torch makes to see what fails are errors of the CUDA API too; only those of the kernels are asked for.
     command = [sanitizer, "--report-api-errors", "no", "--error-exitcode", "1"]
-    found = subprocess.run([*command, sys.executable, "-c", f"{one}; nt_xent(z, 0.1).backward()"]).returncode
-    print(f"compute-sanitizer ended with {found}" + (", see above: timed all the same" if found else ": no errors"))
+    code = subprocess.run([*command, sys.executable, "-c", f"{one}; nt_xent(z, 0.1).backward()"]).returncode
+    print(f"compute-sanitizer ended with {code}" + (", see above: timed all the same" if code else ": no errors"))
 
 
 def _shapes() -> Iterator[tuple[int, int, int, int]]:
@@ -324,11 +378,11 @@ def tune_kernels(dim: int, temperature: float) -> None:
         for cut in _shapes():
             shape = kernels.Shape(*cut)
             jobs: dict[str, Callable[[], object]] = {
-                "gradient": partial(kernels.weighted_sums, u, r, n, 0, dim, scale, bits, "fp16", shape)
+                "gradient": functools.partial(kernels.weighted_sums, u, r, n, 0, dim, scale, bits, "fp16", shape)
             }
             if shape.block_i == shape.block_j:
                 for name, triangle in (("row_sums triangle", True), ("row_sums whole", False)):
-                    jobs[name] = partial(kernels.row_sums, u, n, 0, scale, bits, "fp16", shape, triangle)
+                    jobs[name] = functools.partial(kernels.row_sums, u, n, 0, scale, bits, "fp16", shape, triangle)
             for name, job in jobs.items():
                 try:
                     job()
@@ -339,7 +393,7 @@ def tune_kernels(dim: int, temperature: float) -> None:
         timings = time_interleaved(runs, "cuda", warmup=2, min_runs=10, max_runs=30, budget_s=20)
         for label, timing in sorted(timings.items(), key=lambda item: item[1].median):
             name, cut_text = label.split("|")
-            row = {"what": name, "shape": cut_text, "rows": rows, "dim": dim, **_ms(timing), **where}
+            row = {"what": name, "shape": cut_text, "rows": rows, "dim": dim, **timing.columns(), **where}
             append("loss_tune.csv", [row])
         for name in ("row_sums triangle", "row_sums whole", "gradient"):
             best = min((label for label in timings if label.startswith(name)), key=lambda label: timings[label].median)

@@ -8,16 +8,18 @@ goes to records/reproduction.csv; --published says what others report for the sa
 """
 
 import json
+import statistics
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from benchmarks.measure import append, environment
-from benchmarks.training import training_s
+from benchmarks.tables import Row, conditions, grouped, newest, over_seeds, table
+from benchmarks.training import check_finished
 from model.run_folder import read_rows
 from tools.evaluate import app
+from tools.records import append, environment, training_seconds
 
 
 def main(
@@ -37,13 +39,12 @@ def main(
     if len(set(seeds)) < len(seeds):
         raise typer.BadParameter(f"runs of the same seed are no repetitions: seeds {seeds}", param_hint="RUNS")
     for run in runs:
-        if json.loads((run / "status.json").read_text())["state"] != "done":
-            raise typer.BadParameter(f"{run} is not done; a record is of finished runs", param_hint="RUNS")
+        check_finished(run)
     facts = {"published": published, **environment()}  # one `load` for all: what ran beside the scoring
     few = ["--percent", percent, "--epochs", epochs, "--eval-every", epochs, "--from-scratch"]
     more: dict[str, list[object]] = {
         "knn": ["--k", 200],
-        "logistic": [word for each in l2 or () for word in ("--l2", each)],
+        "logistic": [word for value in l2 or () for word in ("--l2", value)],
     }
     for run, config in zip(runs, configs, strict=True):
         sets = (run, train, test, "--seed", config["seed"])
@@ -56,7 +57,7 @@ def main(
             "encoder": f"ResNet-{config['depth']}" + (f", width {config['width']:g}" if config["width"] != 1 else ""),
             "batch_size": config["batch_size"],
             "epochs": config["epochs"],
-            "training_s": round(training_s(speed, speed[-1]["step"]), 1),
+            "training_s": round(training_seconds(speed, speed[-1]["step"]), 1),
             "percent": percent,
             "finetune": tuned["pre-trained"]["top1"],
             "scratch": tuned["from scratch"]["top1"],
@@ -79,6 +80,26 @@ def evaluate(*words: object) -> dict[str, Any]:
         if code := app([*map(str, words), "--results", str(results)], standalone_mode=False):
             raise typer.Exit(code)
         return dict(json.loads(results.read_text()))
+
+
+def block(rows: list[Row]) -> str:
+    """What encoders reach beside what is published: mean and standard deviation over the seeds."""
+    lines, text = [], ""
+    for part in grouped(newest(rows, ["run"], ["seed"]), "run"):
+        first = part[0]
+        minutes = statistics.mean(float(row["training_s"]) for row in part) / 60
+        setting = f"{first['encoder']}, batch {first['batch_size']}, {first['epochs']} epochs"
+        scores = [
+            f"{over_seeds(part, name)} ({over_seeds(part, baseline)})"
+            for name, baseline in (("knn", "knn_random"), ("logistic", "logistic_random"), ("finetune", "scratch"))
+        ]
+        labels = f"{float(first['percent']):g} % of the labels"
+        cells = [first["run"], setting, f"{minutes:.0f} min", str(len(part)), *scores, labels, first["published"]]
+        lines.append(cells)
+        text += f"\n{first['run']}: `{first['command']}`\n" + conditions(part, "reproduction.csv")
+    head = ["run", "encoder", "training", "seeds", "kNN (random weights)", "logistic (random weights)"]
+    head += ["fine-tuned (from scratch)", "on", "published"]
+    return "\n" + table(head, lines) + text + "\n"
 
 
 if __name__ == "__main__":

@@ -29,11 +29,13 @@ import typer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import Marks, append, count_kernels, environment, peak_extra_mib, time_interleaved, timing
+from benchmarks.measure import Marks, call_ms, count_kernels, peak_extra_mib, time_interleaved, timing
+from benchmarks.tables import Row, conditions, grouped, newest, number, table
 from model.encoder import build_encoder
 from model.lars import LARS, param_groups
 from model.nt_xent import nt_xent
 from model.simclr import ProjectionHead, SimCLR
+from tools.records import append, environment
 
 PARTS = ("forward", "loss", "backward", "optimizer")
 TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -180,12 +182,12 @@ def sweep(
     for _ in range(runs):
         for name, (_, step) in steps.items():
             if step.graph:
-                totals[name].append(_total_ms(step))
+                totals[name].append(call_ms(step, cuda))
             else:
                 parts[name].append(step.parts_ms())
                 totals[name].append(sum(parts[name][-1]))
     flop_per_view, where = model_flop(network["depth"], network["width"], size), environment(device)
-    rates = {each: product_flop_per_s(device, each) for each in {kind["precision"] for kind in kinds}}
+    rates = {name: product_flop_per_s(device, name) for name in {kind["precision"] for kind in kinds}}
     if main:
         typer.echo(f"\nResNet-{network['depth']}, {size} px, {images} images x {world_size} on {where['device']}")
         typer.echo(
@@ -201,8 +203,7 @@ def sweep(
         mfu = flop_per_view * 2 * images / (total.median / 1e3) / rates[kind["precision"]]
         kernels = count_kernels(_optimizer_alone(step)) if cuda else ""
         row = {"what": "step", **network, "size": size, "images": images, "world_size": world_size, **kind}
-        row |= {"median_ms": f"{total.median:.4g}", "p20_ms": f"{total.p20:.4g}", "p80_ms": f"{total.p80:.4g}"}
-        row |= {f"{part}_ms": median for part, median in zip(PARTS, medians, strict=True)} | {"runs": total.runs}
+        row |= total.columns() | {f"{part}_ms": median for part, median in zip(PARTS, medians, strict=True)}
         row |= {"images_per_s": f"{images_per_s:.1f}", "views_per_s": f"{2 * images_per_s:.1f}"}
         row |= {"peak_extra_mib": f"{peak:.1f}", "mfu": f"{mfu:.3g}", "lars_kernels": kernels, **where}
         rows.append(row)
@@ -236,14 +237,6 @@ def build_network(depth: int, width: float, size: int) -> nn.Module:
     return SimCLR(encoder, ProjectionHead(encoder.num_features))
 
 
-def _total_ms(step: Step) -> float:
-    marks = Marks(cuda=True)
-    marks()
-    step()
-    marks()
-    return marks.intervals_ms()[0]
-
-
 def _refuse_waiting(step: Step) -> None:
     """One step in which any wait for the device raises."""
     torch.cuda.set_sync_debug_mode("error")
@@ -262,9 +255,30 @@ def _optimizer_alone(step: Step) -> Callable[[], Any]:
 
 def _print_profile(step: Step, cuda: bool) -> None:
     activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if cuda else [])]
-    with torch.profiler.profile(activities=activities) as seen:
+    with torch.profiler.profile(activities=activities) as profile:
         step()
-    typer.echo(seen.key_averages().table(sort_by=f"self_{'cuda' if cuda else 'cpu'}_time_total", row_limit=20))
+    typer.echo(profile.key_averages().table(sort_by=f"self_{'cuda' if cuda else 'cpu'}_time_total", row_limit=20))
+
+
+def block(rows: list[Row]) -> str:
+    """The fastest layout and mode of every network, batch and precision."""
+    keys = ["device", "threads", "depth", "width", "size", "images", "world_size"]
+    rows = newest(rows, keys, ["layout", "mode", "precision", "bn"])
+    text = "\nThe step alone, on synthetic views: the fastest layout and mode of each precision.\n"
+    for part in grouped(rows, "device", "threads"):
+        lines = []
+        for alike in grouped(part, *keys, "precision", "bn"):
+            row = min(alike, key=lambda row: float(row["median_ms"]))
+            many = row["world_size"] != "1"
+            width = f", width {row['width']}" if float(row["width"]) != 1 else ""
+            images = f"{row['images']} x {row['world_size']}" if many else row["images"]
+            kind = f"{row['precision']}, {row['layout']}, {row['mode']}" + (f", {row['bn']} BatchNorm" if many else "")
+            cells = [f"ResNet-{row['depth']}{width}, {row['size']} px", images, kind]
+            ms = [number(row[f"{name}_ms"]) for name in ("median", *PARTS)]
+            lines.append([*cells, *ms, *(number(row[name]) for name in ("views_per_s", "peak_extra_mib", "mfu"))])
+        head = ["network", "images", "fastest", "ms", "forward", "loss", "backward", "LARS", "views/s", "MiB", "mfu"]
+        text += "\n" + table(head, lines) + conditions(part, "step.csv")
+    return text + "\n"
 
 
 if __name__ == "__main__":

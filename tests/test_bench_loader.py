@@ -4,6 +4,7 @@ import csv
 import io
 import itertools
 import multiprocessing
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,9 +20,11 @@ import typer
 from PIL import Image
 from torch import Tensor
 
-from benchmarks import loader
-from benchmarks.loader import HAND_OVER, PEERS, STAGES, Task
-from benchmarks.measure import Timing, cpu_seconds, timing
+from benchmarks import loader, peers
+from benchmarks.loader import HAND_OVER, LOADERS, STAGES
+from benchmarks.measure import cpu_seconds
+from benchmarks.peers import PEERS, Task
+from benchmarks.programs import Failure, Mark, Timeline
 from pipeline.loader import Loader
 from pipeline.shards import Sample, read_dataset
 from pipeline.views import ViewConfig, make_views
@@ -34,7 +37,7 @@ OFF = {"flip_p": 0.0, "jitter_p": 0.0, "grayscale_p": 0.0, "blur_p": 0.0}
 PLAIN = make_views("imagenet", {**LEVELS, **OFF, "blur_kernel": 0.6})
 
 
-@pytest.fixture(scope="module", params=list(PEERS))
+@pytest.fixture(scope="module", params=[*LOADERS, *PEERS])
 def name(request: pytest.FixtureRequest) -> str:
     if request.param == "lightly" and not find_spec("lightly"):
         pytest.skip("lightly is not installed")
@@ -79,7 +82,7 @@ def noises(tmp_path_factory: pytest.TempPathFactory) -> Task:
 
 
 def take(name: str, task: Task, batches: int, **changes: Any) -> list[tuple[int, list[Tensor]]]:
-    stream = (PEERS | STAGES)[name](replace(task, views=replace(task.views, **changes)))
+    stream = (LOADERS | PEERS | STAGES)[name](replace(task, views=replace(task.views, **changes)))
     taken = [(n, [view.float().cpu().clone() for view in views]) for n, views in itertools.islice(stream, batches)]
     stream.close()  # type: ignore[attr-defined]
     return taken
@@ -188,60 +191,39 @@ def test_processor_time_includes_workers() -> None:
     assert after - before - mine < worked + 0.1
 
 
-def test_a_turn_counts_whole_rounds_of_the_workers() -> None:
-    """It ends with the first multiple of the workers' number after its time."""
+def in_this_process(programs: dict[str, Any], *_: float, **__: Any) -> dict[str, Timeline]:
+    """As `in_slices`, without processes of their own: five pieces of work each, on a clock of a second a piece.
 
-    def batches() -> Iterator[tuple[int, list[Tensor]]]:
-        while True:
-            time.sleep(0.01)
-            yield 7, []
-
-    turn = loader.take_turn(batches(), 0.035, 4)
-    assert turn.images % (7 * 4) == 0
-    assert turn.images >= 7 * 4
-    assert turn.wall_s >= 0.035
-    assert turn.cpu_s < turn.wall_s
-
-
-def test_a_loader_stands_still_between_its_turns(flats: Task) -> None:
-    """Its process is stopped and takes no time, however much it could read ahead; a failing loader says why."""
-    with loader.standing_still("read", flats) as turn:
-        taken = turn(0.05)
-        assert taken.images >= BATCH
-        (process,) = multiprocessing.active_children()
-        stat = Path(f"/proc/{process.pid}/stat")
-        states = [stat.read_text().rpartition(")")[2].split() for _ in range(2) if not time.sleep(0.1)]
-        assert [state[0] for state in states] == ["T", "T"]
-        assert states[0][11:13] == states[1][11:13]  # user and system time
-        assert turn(0.05).images >= BATCH
-    assert not multiprocessing.active_children()
-    with (
-        loader.standing_still("read", replace(flats, shards=flats.shards / "nowhere")) as turn,
-        pytest.raises(RuntimeError, match="read: DatasetError: .*nowhere"),
-    ):
-        turn(0.05)
-    assert not multiprocessing.active_children()
+    Processor time is 10 ms an image of the first program, 20 ms of the second and so on.
+    """
+    timelines = {}
+    for number, (label, program) in enumerate(programs.items(), 1):
+        running, marks = program(), []
+        for at, progress in enumerate(itertools.islice(running, 6)):
+            cpu_s = marks[-1].cpu_s + 0.01 * number * progress.images if marks else 0.0
+            marks.append(Mark(float(at), cpu_s, 100.0, progress))
+        running.close()
+        timelines[label] = Timeline([(0.0, 5.0)], marks)
+    return timelines
 
 
-def in_this_process(runs: dict[str, tuple[str, Task]], _: float) -> dict[str, tuple[Timing, Timing]]:
-    """As `interleaved`, without processes of their own, which take seconds to start."""
-    found = {}
-    for label, (name, task) in runs.items():
-        batches = (STAGES | PEERS)[name](task)
-        turns = [loader.take_turn(batches, 0, task.threads) for _ in range(3)]
-        batches.close()  # type: ignore[attr-defined]
-        wall, cpu = ([1e3 * getattr(turn, which) / turn.images for turn in turns] for which in ("wall_s", "cpu_s"))
-        found[label] = (timing(wall), timing(cpu))
-    return found
+@pytest.fixture
+def _instant(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No processes of their own, and this one is afterwards as it was."""
+    monkeypatch.setattr(loader, "in_slices", in_this_process)
+    cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    yield
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(threads)
 
 
+@pytest.mark.usefixtures("_instant")
 def test_the_record_has_a_row_for_every_stage_and_loader(
     flats: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Numbers are positive and in order, the stages' shares add up to the whole, and the plot is a picture."""
-    monkeypatch.setattr(loader, "interleaved", in_this_process)
-    names = [loader.OURS, "torchvision, PIL", "DALI, conditionals"]
-    monkeypatch.setattr(loader, "peers", lambda: names)
+    """A batch of 4 from each worker a second, the stages' shares add up to the whole, and the plot is a picture."""
+    monkeypatch.setattr(peers, "installed", lambda: ["DALI, conditionals", "DALI, masks"])
+    names = [loader.OURS, f"{loader.OURS}, reference", "DALI, conditionals", "DALI, masks"]  # none forks
     options = {
         "images": flats.images,
         "size": SIZE,
@@ -258,10 +240,11 @@ def test_the_record_has_a_row_for_every_stage_and_loader(
         *(("loader", name, "2") for name in names),
         ("memory, 10 steps", loader.OURS, "2"),
     ]
-    for row in rows[:-1]:
-        for what in ("images_per_s", "cpu_ms"):
-            low, middle, high = (float(row[f"{part}{what}"]) for part in ("p20_", "", "p80_"))
-            assert 0 < low <= middle <= high
+    for number, row in enumerate(rows[:-1]):
+        place = 1 + (number % len(STAGES) if row["what"] == "stage" else names.index(row["implementation"]))
+        for part in ("p20_", "", "p80_"):
+            assert float(row[f"{part}images_per_s"]) == pytest.approx(BATCH * int(row["threads"]))
+            assert float(row[f"{part}cpu_ms"]) == pytest.approx(10 * place)
     float(rows[-1]["growth_mib"])
     assert {(row["views"], row["size"], row["batch_size"]) for row in rows} == {("imagenet blur_kernel=0.3", "16", "4")}
     assert {row["data"] for row in rows} == {"shards, 12 images"}
@@ -294,16 +277,19 @@ def test_what_would_be_no_comparison_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_loaders_are_given_no_time_of_others(flats: Task) -> None:
-    """Two at once, in processes of their own: each gives a median per image for both clocks."""
-    wide = replace(flats, threads=1)
-    found = loader.interleaved({"a": ("read", wide), "b": ("SwiftCLR", wide)}, 0.5)
-    assert list(found) == ["a", "b"]
-    for wall, cpu in found.values():
-        assert wall.median > 0
-        assert cpu.median > 0
-        assert (wall.runs, cpu.runs) == (loader.ROUNDS, loader.ROUNDS)
-    assert found["a"][1].median < found["b"][1].median
+def test_a_loader_that_fails_is_named(flats: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "in_slices", lambda *_, **__: {"a": Failure("failed: DatasetError: nowhere")})
+    with pytest.raises(RuntimeError, match="a: failed: DatasetError: nowhere"):
+        loader.interleaved({"a": ("read", flats)}, 0.5)
+
+
+def test_reading_is_measured_in_a_process_of_its_own(flats: Task) -> None:
+    """Whole batches of all workers, in fewer than all the processor time that there is."""
+    cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    wall, cpu = loader.interleaved({"a": ("read", replace(flats, threads=1))}, 0.3)["a"]
+    assert wall.runs == cpu.runs > 2
+    assert 0 < cpu.median < 2 * len(cores) * wall.p80
+    assert (os.sched_getaffinity(0), torch.get_num_threads()) == (cores, threads)
 
 
 def test_stages_that_do_nothing_are_left_out(flats: Task) -> None:

@@ -9,8 +9,10 @@ import typer
 from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
-from benchmarks import measure, report
-from benchmarks.measure import append
+from benchmarks import against, report, sweep
+from benchmarks.tables import of_one_commit
+from tools import records
+from tools.records import append
 
 HERE = {"device": "A processor, 4 cores", "driver": "", "threads": "4", "load": "0.5", "python": "3.11.7"}
 HERE |= {"torch": "2.15.0", "triton": "3.9.0", "dali": "2.4.0", "commit": "abc1234", "date": "2026-01-02"}
@@ -20,8 +22,7 @@ LINE = "A processor, 4 cores, threads 4, load 0.5, torch 2.15.0, DALI 2.4.0, com
 def rendered(name, rows, tmp_path, **conditions):
     """A block, through a CSV."""
     append(tmp_path / f"{name}.csv", [row | HERE | conditions for row in rows])
-    text = report.filled(f"<!-- report:{name} -->\n<!-- /report -->", tmp_path)
-    return text.removeprefix(f"<!-- report:{name} -->\n").removesuffix("<!-- /report -->")
+    return report.written(name, tmp_path)
 
 
 def swept(batch_size, **changes):
@@ -41,33 +42,34 @@ def test_a_commit_is_marked_where_more_than_records_differs(tmp_path, monkeypatc
     def git(*arguments):
         subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *arguments], cwd=tmp_path, check=True)
 
-    files = [tmp_path / name for name in ("benchmarks/records/sweep.csv", "README.md", "train.py")]
+    files = [
+        tmp_path / name for name in ("benchmarks/records/sweep.csv", "benchmarks/README.md", "README.md", "train.py")
+    ]
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("first")
     git("init", "-q")
     git("add", ".")
     git("commit", "-qm", "first")
-    monkeypatch.setattr(measure, "__file__", str(tmp_path / "benchmarks" / "measure.py"))
+    monkeypatch.setattr(records, "ROOT", tmp_path)
     marked = []
     for file in files:
         file.write_text("second")
-        marked.append(measure.environment("cpu")["commit"].endswith("+"))
-    assert marked == [False, False, True]
+        marked.append(records.environment("cpu")["commit"].endswith("+"))
+    assert marked == [False, False, False, True]
 
 
 @pytest.mark.parametrize("git", ["missing", "no repository"])
 def test_without_git_the_commit_comes_from_the_environment(git, tmp_path, monkeypatch):
-    monkeypatch.setattr(measure, "__file__", str(tmp_path / "benchmarks" / "measure.py"))
-    (tmp_path / "benchmarks").mkdir()
+    monkeypatch.setattr(records, "ROOT", tmp_path)
     if git == "missing":
         monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     monkeypatch.delenv("SWIFTCLR_COMMIT", raising=False)
     with pytest.raises(RuntimeError, match="set SWIFTCLR_COMMIT to the commit of"):
-        measure.environment("cpu")
+        records.environment("cpu")
     monkeypatch.setenv("SWIFTCLR_COMMIT", "abc1234")
-    assert measure.environment("cpu")["commit"] == "abc1234"
+    assert records.environment("cpu")["commit"] == "abc1234"
 
 
 NOTHING = dict.fromkeys(
@@ -95,7 +97,7 @@ def test_a_sweep_is_a_line_per_batch_ascending_the_newest_of_each(tmp_path):
         "| 1024 | 64 | – | – | – | – | – | – | – | – | out of memory |\n"
         "\nsmall, 1000 images, listed 3 times, so in memory: `python -m benchmarks.sweep --preset cpu`\n"
         f"\n{LINE.replace('threads 4', f'threads 4, the loader{chr(39)}s 1')}"
-        "`sweep.csv`, [plot](benchmarks/records/sweep-cpu.png)\n\n"
+        "`sweep.csv`, [plot](records/sweep-cpu.png)\n\n"
     )
 
 
@@ -151,7 +153,7 @@ def test_other_loaders_are_told_beside_ours(tmp_path):
         "| 256 | lightly | 100 | 0.25 x (0.10 to 0.90, noisy) | 40 | 900 |\n"
         "| 256 | solo | – | out of memory | – | – |\n"
         "\nImages as in the command: `python -m benchmarks.sweep`\n"
-        f"\n{LINE}`against.csv`, [plot](benchmarks/records/against-cpu.png)\n\n"
+        f"\n{LINE}`against.csv`, [plot](records/against-cpu.png)\n\n"
     )
 
 
@@ -168,10 +170,10 @@ def test_loaders_and_stages(tmp_path):
     rows += [loaded("loader", "SwiftCLR", 100, 20) | {"threads": 2}]
     rows += [loaded("loader", "lightly", 50, 38.4) | {"threads": 2, "version": "1.5"}]
     rows += [loaded("memory, 2000 steps", "SwiftCLR", "", "") | {"threads": 2, "growth_mib": 1}]
-    append(tmp_path / "loader.csv", [HERE | row for row in rows])
+    append(tmp_path / "loader.csv", [HERE | row for row in rows])  # their own threads
     title = "Two views of 224 px from imagenet-sample, 1000 images, views imagenet, loaders alone"
-    assert report.filled("<!-- report:loader -->\n<!-- /report -->", tmp_path) == (
-        f"<!-- report:loader -->\n\n{title}; the others, but for webdataset, read the same images in class folders: "
+    assert report.written("loader", tmp_path) == (
+        f"\n{title}; the others, but for webdataset, read the same images in class folders: "
         ".jpg.\n\n"
         "| loader | images/s | CPU ms per image | of ours |\n| --- | --- | --- | --- |\n"
         "| SwiftCLR | 100 | 20 | 1.00 x |\n| lightly 1.5 | 50 | 38.4 | 1.92 x |\n"
@@ -179,7 +181,7 @@ def test_loaders_and_stages(tmp_path):
         "| stage, with those above | 1 thread | 2 threads |\n| --- | --- | --- |\n"
         "| read | 1,000, 0.5 ms | 2,000, 0.5 ms |\n| blur | 50, 20 ms | 100, 20 ms |\n"
         f"\n{LINE.replace('threads 4', 'threads 1, 2')}`loader.csv`, "
-        "[plot](benchmarks/records/loader-cpu-224.png)\n\n<!-- /report -->"
+        "[plot](records/loader-cpu-224.png)\n\n"
     )
 
 
@@ -198,7 +200,7 @@ def test_a_rerun_replaces_all_that_was_measured_together(tmp_path):
         "| rows | chunked | lightly | load |\n| --- | --- | --- | --- |\n"
         "| 512 | 3.14 ms, 3 MiB | – | 0.5 |\n| 1024 | 20 ms, 5 MiB | 200 ms, 50 MiB | 7.5 |\n"
         f"\n{LINE.replace('load 0.5', 'load 0.5 to 7.5')}`loss.csv`, "
-        "[plot](benchmarks/records/loss-cpu-4-threads.png)\n\n"
+        "[plot](records/loss-cpu-4-threads.png)\n\n"
     )
 
 
@@ -259,8 +261,8 @@ def test_a_run_is_told_by_its_first_and_last_evaluation(tmp_path):
         "\n| run | kNN accuracy | images/s | data_wait | peak MiB |\n| --- | --- | --- | --- | --- |\n"
         "| tiny | 20.0 % at random initialisation, 51.2 % after 2 min, 9 steps | 424 | 1.44 % | 1,853 |\n"
         "| fast | – | 424 | 1.44 % | 1,853 |\n"
-        f"\ntiny: `train.py demo`\n\n{LINE}`training.csv`, [plot](benchmarks/records/training-tiny.png)\n"
-        f"\nfast: `train.py demo`\n\n{LINE}`training.csv`, [plot](benchmarks/records/training-fast.png)\n\n"
+        f"\ntiny: `train.py demo`\n\n{LINE}`training.csv`, [plot](records/training-tiny.png)\n"
+        f"\nfast: `train.py demo`\n\n{LINE}`training.csv`, [plot](records/training-fast.png)\n\n"
     )
 
 
@@ -275,16 +277,6 @@ def test_the_demo_is_quoted_as_it_ran(tmp_path):
     assert text.startswith("\n```\nstep 0/2 | kNN 10 %\nstep 1/2 | loss 5\n...\nencoder ")
     assert "\nkNN 70 %\n```\n\nIt took 92.4 s. " in text
     assert "pixels already gives 53.8 %. The installed packages take 5.1 GiB" in text
-
-
-def test_scaling_is_predicted_again_from_the_pieces_on_record(tmp_path):
-    """Two of 8 images: 100 + 200 + 10 ms, the loss at 16 √2 rows, 8 MB by a ring at 100 MB/s and eight messages."""
-    row = {"what": "scaling", "world_size": 2, "images": 8, "gradient_bytes": 8e6, "forward_ms": 100, "loss_ms": 2}
-    row |= {"backward_ms": 200, "optimizer_ms": 10, "latency_us": 500, "bandwidth_mb_s": 100, "step_ms": 300}
-    predicted = 310 + 2 * 2 + 4 * 0.5 + 80 + (1 / 2 * 32 * 516) / 1e5
-    text = rendered("scaling", [row], tmp_path)
-    assert "| processes | images each | measured ms | predicted ms | predicted / measured |" in text
-    assert f"\n| 2 | 8 | 300 | {predicted:.0f} | {predicted / 300:.2f} x |\n" in text
 
 
 # ---- the file
@@ -350,11 +342,16 @@ def test_a_number_without_a_record_is_found(page, number):
 
 
 def test_a_plot_that_is_linked_must_be_there(tmp_path):
-    append(tmp_path / "sweep.csv", [swept(256) | HERE])
-    text = report.filled("<!-- report:sweep -->\n<!-- /report -->", tmp_path)
-    assert ["sweep-cpu.png" in fault for fault in report.faults(text, tmp_path)] == [True]
-    report.draw(tmp_path)
-    assert report.faults(text, tmp_path) == []
+    """And the link leads there from where the file lies."""
+    append(tmp_path / "records" / "sweep.csv", [swept(256) | HERE])
+    page = tmp_path / "README.md"
+    page.write_text(report.filled("<!-- report:sweep -->\n<!-- /report -->", tmp_path / "records", tmp_path))
+    assert "[plot](records/sweep-cpu.png)" in page.read_text()
+    assert ["sweep-cpu.png" in fault for fault in report.faults(page, tmp_path / "records")] == [True]
+    (tmp_path / "records" / "sweep-cpu.png").touch()
+    assert report.faults(page, tmp_path / "records") == []
+    above = report.filled("<!-- report:sweep -->\n<!-- /report -->", tmp_path / "records", tmp_path.parent)
+    assert f"[plot]({tmp_path.name}/records/sweep-cpu.png)" in above
 
 
 @pytest.mark.parametrize(
@@ -381,8 +378,8 @@ def test_the_plot_of_a_sweep_shows_its_numbers(tmp_path, monkeypatch):
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: (drawn.append(figure), save(figure, *a, **k)))
     noisy = {"status": "noisy", "ratio": 0.75}
-    append(tmp_path / "sweep.csv", [swept(n, **c) | HERE for n, c in ((256, {}), (512, NOTHING), (1024, noisy))])
-    report.draw(tmp_path)
+    rows = [swept(n, **c) | HERE for n, c in ((256, {}), (512, NOTHING), (1024, noisy))]
+    sweep.plots([{key: str(value) for key, value in row.items()} for row in rows], tmp_path)
     lines = {line.get_label(): list(line.get_ydata())[:1] for axes in drawn[0].axes for line in axes.lines}
     assert lines == {
         "loader alone": [1234.5],
@@ -405,8 +402,7 @@ def test_the_plot_of_rivals_shows_each_batch(tmp_path, monkeypatch):
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
     rows = [contested(n, "SwiftCLR", 400, 1) for n in (256, 512)]
     rows += [contested(256, "lightly", 100, 0.25) | {"status": "noisy"}]
-    append(tmp_path / "against.csv", [row | HERE for row in rows])
-    report.draw(tmp_path)
+    against.plots([{key: str(value) for key, value in (row | HERE).items()} for row in rows], tmp_path)
     (axes,) = drawn[0].axes
     named = [label.get_text() for label in axes.get_yticklabels()]
     told = [text.get_text().strip() for text in axes.texts]
@@ -417,9 +413,50 @@ def test_the_plot_of_rivals_shows_each_batch(tmp_path, monkeypatch):
     ]
 
 
-def test_the_readme_says_what_the_records_say():
+@pytest.mark.parametrize("page", report.PAGES, ids=lambda page: page.parent.name)
+def test_the_readmes_say_what_the_records_say(page):
     """After measuring: python -m benchmarks.report."""
-    assert report.faults(report.README.read_text(), report.RECORDS) == []
+    assert report.faults(page, report.RECORDS) == []
+
+
+def test_every_record_has_a_block_in_a_readme():
+    """And every block but the headlines has a record; what nothing shows is kernels' registers and shapes."""
+    blocks = [name for page in report.PAGES for _, name, _, _ in report.BLOCK.findall(page.read_text())]
+    recorded = {path.stem for path in report.RECORDS.glob("*.csv")} - {"loss_kernels", "loss_tune"}
+    assert sorted(blocks) == sorted({*recorded, "headlines"}) == sorted({*report.BLOCKS, "headlines"})
+
+
+def test_headlines_have_their_conditions(tmp_path):
+    """A ratio of rates, of processor times and of times, each under the conditions of the rows that it is of."""
+    for name, rows in {
+        "sweep": [swept(256), swept(512, ratio=1.01), swept(256, preset="cpu-tiny")],
+        "loader": [loaded("loader", "SwiftCLR", 100, 20), loaded("loader", "torchvision, PIL", 50, 50)],
+        "loss": [lost(n, name, ms, 9) for n in (512, 1024) for name, ms in (("chunked", n), ("lightly", 4 * n))],
+    }.items():
+        append(tmp_path / f"{name}.csv", [row | HERE for row in rows])
+    assert report.written("headlines", tmp_path).splitlines() == [
+        "",
+        "- Training runs at 0.990 to 1.010 of the rate of its steps on synthetic views, at batches of 256 to 512 "
+        "images (resnet18 at 32 px, fp32).",
+        f"  {LINE.replace('threads 4', f'threads 4, the loader{chr(39)}s 1')}`sweep.csv`",
+        "- Two views of 224 px take 20 ms of processor time per image; torchvision's transforms take 50 ms, "
+        "2.50 x as much.",
+        f"  {LINE}`loader.csv`",
+        "- NT-Xent of 1024 rows, forward and backward, takes 1,024 ms and 9 MiB; lightly's takes 4,096 ms and 9 MiB: "
+        "4.00 x the time.",
+        f"  {LINE}`loss.csv`",
+        "",
+    ]
+
+
+def test_a_table_is_of_one_clean_commit_if_one_measured_it_all():
+    """Not of a newer one that measured a part of it, nor of one with changed files."""
+    rows = [
+        {"commit": commit, "batch": batch}
+        for commit, batch in (("a", "1"), ("a", "2"), ("b", "1"), ("b", "2"), ("c", "1"), ("d+", "1"), ("d+", "2"))
+    ]
+    assert of_one_commit(rows, "batch") == rows[2:4]
+    assert of_one_commit(rows[4:], "batch") == rows[4:]
 
 
 def test_reproduced_results_are_means_over_the_seeds_beside_what_is_published(tmp_path):
@@ -460,5 +497,5 @@ def test_an_ablation_is_a_line_per_cell_the_best_first(tmp_path):
         "\n`tools/ablate.py head` on small, 100 images, `cifar10 --epochs 8`:\n\n"
         "| cell | seeds | logistic | kNN |\n| --- | --- | --- | --- |\n"
         "| head=linear | 2 | 44.0 ± 1.4 % | 40.0 ± 0.0 % |\n| head=none | 2 | 42.0 ± 1.4 % | 40.0 ± 0.0 % |\n"
-        f"| random | 1 | 20.0 % | 40.0 % |\n\n{LINE}`ablation.csv`, [plot](benchmarks/records/ablation-head.png)\n\n"
+        f"| random | 1 | 20.0 % | 40.0 % |\n\n{LINE}`ablation.csv`, [plot](records/ablation-head.png)\n\n"
     )

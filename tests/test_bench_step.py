@@ -9,6 +9,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from benchmarks import lars, step
+from benchmarks.measure import timing
 
 TINY = {"depth": 18, "width": 1 / 16}
 KINDS = [
@@ -22,8 +23,10 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
-def test_a_sweep_records_every_contestant_and_its_parts(tmp_path):
-    """The parts add up to the step, and rates follow from its median."""
+def test_a_sweep_records_every_contestant_and_its_parts(tmp_path, monkeypatch):
+    """The parts add up to the step, and rates follow from its median; mfu is of the machine's rate of products."""
+    monkeypatch.setattr(step, "product_flop_per_s", lambda _, precision: {"fp32": 1e9, "bf16": 2e9}[precision])
+    flop = step.model_flop(18, 1 / 16, 16)
     step.sweep("cpu", 4, 16, TINY, KINDS, 1, 1, tmp_path / "step.csv", profile=True)
     rows = rows_of(tmp_path / "step.csv")
     assert [(row["layout"], row["precision"]) for row in rows] == [("nchw", "fp32"), ("nhwc", "bf16")]
@@ -33,8 +36,15 @@ def test_a_sweep_records_every_contestant_and_its_parts(tmp_path):
         assert sum(parts) == pytest.approx(total, rel=1e-2)
         assert float(row["views_per_s"]) == pytest.approx(8 / total * 1e3, rel=1e-2)
         assert float(row["peak_extra_mib"]) >= 0
-        assert float(row["mfu"]) > 0
+        rate = {"fp32": 1e9, "bf16": 2e9}[row["precision"]]
+        assert float(row["mfu"]) == pytest.approx(8 * flop / (total / 1e3) / rate, rel=1e-2)
         assert (row["images"], row["runs"], row["world_size"], row["lars_kernels"]) == ("4", "1", "1", "")
+
+
+def test_the_rate_of_products_is_two_flop_for_each_of_n_cubed(monkeypatch):
+    timings = {"mm": timing([2.0])}
+    monkeypatch.setattr(step, "time_interleaved", lambda *_, **__: timings)
+    assert step.product_flop_per_s("cpu", "fp32") == pytest.approx(2 * 1024**3 / 2e-3)
 
 
 def test_a_benchmarked_step_trains():

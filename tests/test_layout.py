@@ -85,8 +85,9 @@ HARMLESS = {
     "pipeline/write.py": {"rename"},  # in a folder that it made itself, and of that folder
     "model/checkpoint.py": {"rename", "replace"},  # in a folder that it made itself, and out of it
     "tools/doctor.py": {"read_text", "symlink_to"},  # of /proc and /sys; into a temporary folder
-    "benchmarks/measure.py": {"savefig", "write_text"},  # within `replacing`; to /proc
-    "benchmarks/scaling.py": {"write_text"},  # in a temporary folder
+    "benchmarks/measure.py": {"write_text"},  # to /proc
+    "benchmarks/programs.py": {"write_text"},  # to /proc
+    "tools/records.py": {"savefig", "read_text"},  # within `replacing`; of /proc
 }
 OPENERS = {"Image", "gzip", "lzma", "bz2", "tarfile", "webbrowser", "store"}  # have an `open` of their own
 

@@ -25,7 +25,6 @@ differs from the paper: there both branches begin with a random crop, the same f
 Chen et al. 2020, arXiv:2002.05709: sections 3 to 5; tables 1 and 5, figures 5, 8 and 9.
 """
 
-import csv
 import ctypes
 import itertools
 import json
@@ -285,9 +284,9 @@ class Study:
 
     def fit(self, run: Path, changes: list[str], seed: int) -> dict[str, Any]:
         """Train to the end, from the newest checkpoint if there is one: what the finished run says of itself."""
-        from benchmarks.training import training_s
         from model.run_folder import read_rows
         from tools.files import read_text
+        from tools.records import training_seconds
 
         fixed = ["--data", self.train.root, "--out", run, "--resume", "--seed", seed]
         self.call("train.py", [*self.settings, *changes, *fixed], run)
@@ -296,7 +295,7 @@ class Study:
         losses = [row["loss"] for row in metrics if row.get("loss") is not None]
         return {
             "loss": round(statistics.mean(losses[-(self.train.samples // config["batch_size"]) :]), 4),
-            "seconds": round(training_s(speed, metrics[-1]["step"]), 1),
+            "seconds": round(training_seconds(speed, metrics[-1]["step"]), 1),
             "threads": config["cpu_threads"] or "",
         }
 
@@ -317,7 +316,7 @@ class Study:
 
     def keep(self, cell: str, seed: int, found: Mapping[str, Any]) -> None:
         """A line of results.csv; loss is the mean over the last epoch, seconds are of training alone."""
-        from benchmarks.measure import append, environment
+        from tools.records import append, environment
 
         row = {
             "grid": self.name,
@@ -332,13 +331,9 @@ class Study:
         append((self.out / "results.csv").resolve(), [row])
 
     def results(self) -> list[dict[str, str]]:
-        from tools.files import open_text
+        from tools.records import read
 
-        path = self.out / "results.csv"
-        if not path.exists():
-            return []
-        with open_text(path, newline="") as file:
-            return list(csv.DictReader(file))
+        return read((self.out / "results.csv").resolve())
 
     def call(self, program: str, words: Iterable[object], run: Path) -> None:
         """Run one of our programs to its end, what it prints going to a log beside `run`.
@@ -446,7 +441,7 @@ def draw(name: str, rows: Sequence[Mapping[str, str]], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
 
-        from benchmarks.measure import save_plot
+        from tools.records import save_plot
     except ModuleNotFoundError:
         typer.echo(f"no {path}: matplotlib is missing; pip install -e '.[eval]', and the same command draws it")
         return
