@@ -399,7 +399,8 @@ def test_the_plot_of_a_sweep_shows_its_numbers(tmp_path, monkeypatch):
 def test_the_plot_of_rivals_shows_each_batch(tmp_path, monkeypatch):
     """A bar per contestant and batch, as long as its images per second, and its ratio to ours written on it."""
     drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: (drawn.append(figure), save(figure, *a, **k)))
     rows = [contested(n, "SwiftCLR", 400, 1) for n in (256, 512)]
     rows += [contested(256, "lightly", 100, 0.25) | {"status": "noisy"}]
     against.plots([{key: str(value) for key, value in (row | HERE).items()} for row in rows], tmp_path)

@@ -468,7 +468,7 @@ def in_this_process(programs: dict[str, Any], *_: float, **__: Any) -> dict[str,
     timelines = {}
     for number, (name, program) in enumerate(programs.items(), 1):
         running = program()
-        marks = [Mark(at, 2.0 * at, 50.0, done) for at, done in zip(range(0, 99, number), running, strict=False)][:4]
+        marks = [Mark(i * number, 2.0 * i * number, 50.0, done) for i, done in enumerate(itertools.islice(running, 4))]
         running.close()
         timelines[name] = Timeline([(0.0, 12.0)], marks)
     return timelines
