@@ -34,7 +34,7 @@ def test_a_sweep_records_every_contestant_and_its_parts(tmp_path, monkeypatch):
         total, parts = float(row["median_ms"]), [float(row[f"{part}_ms"]) for part in step.PARTS]
         assert min(parts) > 0
         assert sum(parts) == pytest.approx(total, rel=1e-2)
-        assert float(row["views_per_s"]) == pytest.approx(8 / total * 1e3, rel=1e-2)
+        assert float(row["views_per_s"]) == pytest.approx(8 / total * 1e3, rel=1e-2, abs=0.06)  # one decimal
         assert float(row["peak_extra_mib"]) >= 0
         rate = {"fp32": 1e9, "bf16": 2e9}[row["precision"]]
         assert float(row["mfu"]) == pytest.approx(8 * flop / (total / 1e3) / rate, rel=1e-2)
