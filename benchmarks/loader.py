@@ -196,8 +196,10 @@ def hand_over(task: Task) -> Batches:
     pipe = build() if gpu or not task.views.ends_in_colour else None
     while True:
         if pipe:
-            images = pipe.run(torch.cuda.current_stream() if gpu else None)
-            views = torch.cat([torch.from_dlpack(image.as_tensor()) for image in images])
+            stream = torch.cuda.current_stream() if gpu else None
+            views = torch.empty(2 * n, size, size, 3, device=task.device)
+            for image, out in zip(pipe.run(stream), views.chunk(2), strict=True):
+                loader.copy_out(image, out, stream)
         else:
             views = colour.finish(torch.cat([levels, levels]), same, none, task.views)
         yield n, views.movedim(-1, 1).chunk(2)

@@ -91,17 +91,29 @@ class _Feed:
         self._given.append((number, encoded))
         return encoded.images
 
-    def views(self, pipe: "Pipeline", stream: Any) -> list[Tensor]:
-        """The pipeline's next outputs, still in its memory. Raises RuntimeError, or what failed in reading."""
+    def outputs(self, pipe: "Pipeline", stream: Any) -> tuple[Any, ...]:
+        """The pipeline's next outputs, in its memory. Raises RuntimeError, or what failed in reading."""
         try:
-            # Outputs bound to torch's stream are freed in its order: not before a copy that waits in it is done.
-            return [torch.from_dlpack(output.as_tensor()) for output in pipe.run(stream)]
+            outputs: tuple[Any, ...] = pipe.run(stream)
+            return outputs
         except StopIteration:
             raise self._failure from None
 
     def encoded(self, number: int) -> Encoded | None:
         """The batch of this number, if it is one of those given last."""
         return next((encoded for given, encoded in self._given if given == number), None)
+
+
+def copy_out(output: Any, out: Tensor, stream: Any) -> None:
+    """Copies an output of a pipeline that ran with `stream` into memory of torch's, (n, S, S, 3) as the output is.
+
+    On a GPU the copy waits in the stream and the host for nothing; DALI frees the output in the order of that stream.
+    Shared by DLPack instead, each output would be freed by a thread of DALI's own that waits for the whole GPU first.
+    """
+    from nvidia.dali.plugin.pytorch import feed_ndarray
+
+    assert out.is_contiguous()
+    feed_ndarray(output.as_tensor(), out, cuda_stream=stream)
 
 
 class Loader:
@@ -259,7 +271,7 @@ class Loader:
             if self._pipe is None:
                 self._pipe = self._build(run)
             try:
-                first, second, *colours = self._feed.views(self._pipe, self._stream)
+                first, second, *colours = self._feed.outputs(self._pipe, self._stream)
                 break
             except LoaderError:
                 raise
@@ -269,11 +281,13 @@ class Loader:
         encoded = self._feed.encoded(run)
         assert encoded is not None
         if colours:
+            first, second, *colours = (torch.from_dlpack(each.as_tensor()) for each in (first, second, *colours))
             for levels, A, B, out in zip((first, second), colours[::2], colours[1::2], views.chunk(2), strict=True):
                 finish(levels, A, B, self.views, out)
             views = views.half() if self._half else views
         else:
-            torch.cat([first, second], out=views)
+            for view, out in zip((first, second), views.chunk(2), strict=True):
+                copy_out(view, out, self._stream)
         labels = None if encoded.labels is None else torch.from_numpy(encoded.labels)
         epoch, step, _ = self._place(run)
         return Batch(views.permute(0, 3, 1, 2), labels, epoch, step * self._order.batch_size, encoded.samples), None
@@ -507,7 +521,7 @@ def build_eval_loader(
         for step in range(len(parts)):
             failed = f"rank {rank} could not read batch {step} of {dataset.address}"
             try:
-                (images,) = feed.views(pipe, stream)
+                (output,) = feed.outputs(pipe, stream)
             except DamagedError as error:
                 raise LoaderError(_damaged(failed, error.faults, reader)) from error
             except StalledError:
@@ -520,8 +534,11 @@ def build_eval_loader(
                 raise LoaderError(said) from error
             batch = feed.encoded(step)
             assert batch is not None
-            labels = torch.full((len(images),), -1) if batch.labels is None else torch.from_numpy(batch.labels)
-            yield images.clone().permute(0, 3, 1, 2), labels
+            n, size = len(batch.samples), views.size
+            images = torch.empty(n, size, size, 3, device=device)
+            copy_out(output, images, stream)
+            labels = torch.full((n,), -1) if batch.labels is None else torch.from_numpy(batch.labels)
+            yield images.permute(0, 3, 1, 2), labels
     finally:
         del pipe  # before the feed, whose images it may still read
 

@@ -12,7 +12,7 @@ PACKAGES = ("pipeline", "model", "tools", "benchmarks")
 SHARED = {f"tools.{name}" for name in ("errors", "files")}  # know nothing of the project, so that all may use them
 HOMES = {  # library: the files that may import it
     "accelerate": {"train.py", "tools/evaluate.py"},  # what joins data and model, on one process or many
-    "nvidia": {"pipeline/graph.py", "pipeline/loader.py"},  # the loader for a type only
+    "nvidia": {"pipeline/graph.py", "pipeline/loader.py"},  # the loader for a type, and for a copy to torch
     "obstore": {"pipeline/store.py"},
     "webdataset": {"pipeline/write.py"},
     "safetensors": {"model/checkpoint.py"},

@@ -934,3 +934,20 @@ def test_a_batch_that_does_not_come_is_named(flats: Dataset, monkeypatch: pytest
     finally:
         go_on.set()
     assert len(ends) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("half", [False, True])
+def test_no_batch_makes_the_whole_gpu_wait(flats: Dataset, half: bool) -> None:
+    """In twenty batches hardly a call waits for all streams of the GPU: what ends the profile does, and no batch."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    loader = Loader(flats, FLAT, 4, torch.device("cuda", 0), half=half)
+    for _ in range(10):
+        next(loader)
+    torch.cuda.synchronize()
+    with torch.profiler.profile() as seen:
+        for _ in range(20):
+            next(loader)
+    waits = [event.name for event in seen.events() if "DeviceSynchronize" in event.name]
+    assert len(waits) < 5, waits
