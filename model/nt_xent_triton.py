@@ -271,12 +271,14 @@ def operand_type(operands: str) -> torch.dtype:
 
 def shapes(dim: int, operands: str) -> tuple[Shape, Shape]:
     """The shapes of `_row_sums` and `_gradient`. Chosen by compiling, not yet by timing: nothing spills on sm_80 and
-    sm_90, and everything fits the 99 KiB of shared memory of sm_86 and sm_89 (benchmarks/records/loss_kernels.csv)."""
+    sm_90, everything fits the 99 KiB of shared memory of sm_86 and sm_89, and up to 128 columns of half precision a
+    processor holds two programs or more, by Triton 3.6 as by 3.8 (benchmarks/records/loss_kernels.csv): while one waits
+    for its rows, another multiplies."""
     row_bytes = padded(dim) * operand_type(operands).itemsize
     if operands == "fp32":  # no matrix unit takes it: products go through registers, and larger tiles spill
         return Shape(16, 16, 4, 1), Shape(16, 16, 8, 1)
     if row_bytes <= 256:
-        return Shape(128, 128, 8, 2), Shape(64, 32, 4, 2) if operands == "tf32" else Shape(128, 64, 8, 2)
+        return Shape(64, 64, 4, 2), Shape(64, 32, 4, 2) if operands == "tf32" else Shape(64, 64, 4, 2)
     if row_bytes <= 512:
         return Shape(64, 64, 4, 2), Shape(64, 32, 8, 2)
     if row_bytes <= 1024:
@@ -400,7 +402,8 @@ KERNELS = {
 
 def resources(kernel: str, capability: int, dim: int, operands: str, shape: Shape | None = None) -> dict[str, int]:
     """Compiles a kernel as shipped (or in another shape) and reads registers, spills, shared memory and matrix
-    instructions from the machine code. capability is 80 for sm_80. Needs no GPU; Triton's wheel brings the tools."""
+    instructions from the machine code, and how many programs a processor holds at once by them. capability is 80 for
+    sm_80. Needs no GPU; Triton's wheel brings the tools."""
     function, pad = KERNELS[kernel], padded(dim)
     tuned = dict(zip(("row_sums", "gradient"), shapes(dim, operands), strict=True))
     shape = shape or tuned.get(kernel, Shape(256, 256, 4, 1))
@@ -446,14 +449,25 @@ def resources(kernel: str, capability: int, dim: int, operands: str, shape: Shap
     def count(pattern: str) -> int:
         return len(re.findall(rf"\b{pattern}\b", code))
 
+    registers, shared_bytes = number("REG"), compiled.metadata.shared
     return {
-        "registers": number("REG"),
+        "registers": registers,
         "stack_bytes": number("STACK"),
         "spills": count("STL") + count("LDL"),
-        "shared_bytes": compiled.metadata.shared,
+        "shared_bytes": shared_bytes,
+        "programs": programs(capability, registers, shared_bytes, shape.num_warps),
         "hgmma": count("HGMMA"),
         "hmma": count("HMMA"),
     }
+
+
+def programs(capability: int, registers: int, shared_bytes: int, num_warps: int) -> int:
+    """Programs that a streaming multiprocessor of sm_80 or sm_90 holds at once (CUDA C++ Programming Guide, table of
+    technical specifications): 64 warps and 65,536 registers, which a warp takes in steps of 256; 164 or 228 KiB of
+    shared memory, of which each program takes 1 KiB besides its own."""
+    kib = {80: 164, 90: 228}[capability]
+    registers_of_warp = 256 * triton.cdiv(32 * registers, 256)
+    return min(64 // num_warps, 65536 // registers_of_warp // num_warps, kib * 1024 // (shared_bytes + 1024))
 
 
 def _tool(*command: str) -> str:

@@ -149,16 +149,42 @@ def check_operator() -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "dim", "operands"), [(80, 128, "fp16"), (90, 128, "fp16"), (90, 512, "fp16"), (80, 128, "tf32")]
+    ("capability", "dim", "operands", "row_sums", "gradient"),
+    [
+        (80, 128, "fp16", 3, 2),
+        (90, 128, "fp16", 4, 2),
+        (90, 64, "bf16", 4, 2),
+        (90, 512, "fp16", 1, 1),
+        (80, 128, "tf32", 2, 1),
+    ],
 )
-def test_shipped_shapes_use_the_matrix_unit_and_spill_nothing(capability, dim, operands):
-    """sm_80 code must fit the 99 KiB of sm_86 and sm_89 as well; sm_90 has 227."""
+def test_shipped_shapes_use_the_matrix_unit_and_spill_nothing(capability, dim, operands, row_sums, gradient):
+    """And a processor holds so many programs or more. sm_80 code must fit the 99 KiB of sm_86 and sm_89 as well.
+
+    It must hold for the oldest and the newest Triton that are supported: this runs by the one that is installed.
+    """
     instruction, shared_kib = {80: ("hmma", 99), 90: ("hgmma", 227)}[capability]
-    for kernel in ("row_sums", "gradient"):
+    for kernel, programs in (("row_sums", row_sums), ("gradient", gradient)):
         resources = kernel_module.resources(kernel, capability, dim, operands)
         assert resources["spills"] == resources["stack_bytes"] == 0
         assert resources[instruction] > 0
         assert resources["shared_bytes"] <= shared_kib * 1024
+        assert resources["programs"] >= programs, resources
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ((80, 128, 32 * 1024, 4), 4),  # 4 x 4 warps of 4,096 registers are all there are
+        ((80, 129, 32 * 1024, 4), 3),  # 136 a thread
+        ((90, 32, 1024, 8), 8),  # 64 warps
+        ((90, 64, 113 * 1024, 4), 2),  # twice 114 KiB of shared memory
+        ((80, 64, 82 * 1024, 4), 1),
+        ((90, 177, 102400, 8), 1),  # what 128 x 128 tiles of 8 warps would take by Triton 3.6
+    ],
+)
+def test_programs_of_a_processor_are_counted_as_the_guide_does(given, expected):
+    assert kernel_module.programs(*given) == expected
 
 
 def test_kernels_beside_the_matrix_spill_nothing():
