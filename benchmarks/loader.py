@@ -37,7 +37,7 @@ from pipeline.order import Order
 from pipeline.reader import Encoded, Reader, ahead
 from pipeline.shards import Dataset, read_dataset
 from pipeline.views import ViewConfig, make_views, parse_changes
-from tools.records import RECORDS, append, environment, save_plot
+from tools.records import RECORDS, append, can_plot, environment, save_plot
 
 ROUNDS = 5
 OURS = "SwiftCLR"
@@ -109,7 +109,8 @@ def main(
         grown = f"{memory_growth(task, steps):.1f}"
         record(f"memory, {steps} steps", OURS, task, growth_mib=grown)
         print(f"\n{grown} MiB more in use after {steps} steps than after {max(1, steps // 10)}")
-    draw(rows, out / f"loader-{device}-{size}.png")
+    if can_plot():
+        draw(rows, out / f"loader-{device}-{size}.png")
 
 
 def check_input(dataset: Dataset, images: Path | None) -> None:

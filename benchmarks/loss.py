@@ -3,6 +3,7 @@
     python -m benchmarks.loss                                   CPU: 512 to 16384 rows
     python -m benchmarks.loss --device cuda --check --tune      GPU: tests first, then block shapes, then 512 to 131072
     python -m benchmarks.loss --device cuda --no-compile        without torch.compile, which compiles anew at each size
+    python -m benchmarks.loss --device cuda --shape 64,64,4,2 --shape 128,128,8,2    both kernels in these shapes alone
     python -m benchmarks.loss --kernels                         registers, spills and shared memory; needs no GPU
 
 Every implementation x rows x (forward, forward+backward), all in turn in one run: rows go to records/loss.csv, the plot
@@ -37,12 +38,13 @@ from benchmarks.measure import Timing, peak_extra_mib, time_interleaved
 from benchmarks.tables import Row, by_number, conditions, grouped, newest, number, of_one_commit, table, times
 from model import nt_xent as module
 from model.nt_xent import nt_xent, resolve
-from tools.records import RECORDS, append, environment, save_plot
+from tools.records import RECORDS, append, can_plot, environment, save_plot
 
 Loss = Callable[[Tensor], Tensor]
 
 CPU_ROWS = [512 * 2**k for k in range(6)]
 CUDA_ROWS = [512 * 2**k for k in range(9)]
+TUNED_ROWS = [2048, 16384, 65536]
 FORWARD, BOTH = "forward", "forward+backward"
 
 
@@ -56,7 +58,11 @@ def main(
     ] = None,
     budget_s: Annotated[float, typer.Option(help="seconds per size and mode, for all contestants together")] = 20.0,
     check: Annotated[bool, typer.Option(help="first run the GPU tests, and compute-sanitizer on one shape")] = False,
-    tune: Annotated[bool, typer.Option(help="time the kernels in other shapes, into records/loss_tune.csv")] = False,
+    tune: Annotated[bool, typer.Option(help="time the kernels in many shapes, into records/loss_tune.csv")] = False,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help="BLOCK_I,BLOCK_J,WARPS,STAGES: time the kernels in these shapes, and nothing else"),
+    ] = None,
     kernels: Annotated[bool, typer.Option(help="only compile, into records/loss_kernels.csv")] = False,
     compiled: Annotated[
         bool, typer.Option("--compile/--no-compile", help="also time torch.compile, which compiles anew at each size")
@@ -69,12 +75,15 @@ def main(
         return
     if device == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("no CUDA device here; --kernels compiles without one", param_hint="--device")
+    if shape:
+        tune_kernels(device, rows or TUNED_ROWS, dim, temperature, [parse_shape(text) for text in shape])
+        return
     if device == "cpu" and (check or tune):
         raise typer.BadParameter("--check and --tune are for --device cuda; the CPU's checks are pytest's")
     if check:
         check_kernels()
     if tune:
-        tune_kernels(dim, temperature)
+        tune_kernels(device, TUNED_ROWS, dim, temperature, list(_shapes()))
     sweep(device, rows or (CUDA_ROWS if device == "cuda" else CPU_ROWS), dim, temperature, budget_s, compiled)
 
 
@@ -216,7 +225,8 @@ def sweep(device: str, sizes: list[int], dim: int, temperature: float, budget_s:
                 append("loss.csv", [row])
         _print_table(rows_of_record, rows)
     rows_as_read = [{key: str(value) for key, value in row.items()} for row in rows_of_record]
-    draw(rows_as_read, RECORDS / plot_name(rows_as_read[0]))
+    if can_plot():
+        draw(rows_as_read, RECORDS / plot_name(rows_as_read[0]))
 
 
 def _step(loss: Loss, z: Tensor, mode: str) -> Callable[[], object]:
@@ -363,19 +373,34 @@ def _shapes() -> Iterator[tuple[int, int, int, int]]:
                 yield block_i, block_j, warps, stages
 
 
-def tune_kernels(dim: int, temperature: float) -> None:
-    """Times both matrix kernels in many shapes at 2048, 16384 and 65536 rows, and records all, the losers too."""
+def parse_shape(text: str) -> tuple[int, int, int, int]:
+    numbers = text.split(",")
+    if len(numbers) != 4 or not all(number.isdecimal() for number in numbers):
+        raise typer.BadParameter(f"{text!r}: expected four numbers such as 64,64,4,2", param_hint="--shape")
+    block_i, block_j, num_warps, num_stages = map(int, numbers)
+    return block_i, block_j, num_warps, num_stages
+
+
+def tune_kernels(
+    device: str, sizes: Sequence[int], dim: int, temperature: float, shapes: Sequence[tuple[int, int, int, int]]
+) -> None:
+    """Times both matrix kernels in each shape at each number of rows, and records all, the losers too.
+
+    Row sums take the square ones. On a CPU only Triton's interpreter runs them (TRITON_INTERPRET=1).
+    """
     from model import nt_xent_triton as kernels
 
+    if device == "cpu" and not kernels.INTERPRETED:
+        raise typer.BadParameter("the kernels run on --device cuda, or with TRITON_INTERPRET=1", param_hint="--shape")
     scale, bits = math.log2(math.e) / temperature, module.shift(temperature)
-    where = environment("cuda")
-    for rows in (2048, 16384, 65536):
+    where = environment(device)
+    for rows in sizes:
         n = rows // 2
-        u = torch.nn.functional.normalize(torch.randn(rows, dim, device="cuda")).half()
+        u = torch.nn.functional.normalize(torch.randn(rows, dim, device=device)).half()
         u = torch.nn.functional.pad(u, (0, kernels.padded(dim) - dim))
-        r = torch.full((rows,), 1 / rows, device="cuda")
+        r = torch.full((rows,), 1 / rows, device=device)
         runs: dict[str, Callable[[], object]] = {}
-        for cut in _shapes():
+        for cut in shapes:
             shape = kernels.Shape(*cut)
             jobs: dict[str, Callable[[], object]] = {
                 "gradient": functools.partial(kernels.weighted_sums, u, r, n, 0, dim, scale, bits, "fp16", shape)
@@ -390,14 +415,17 @@ def tune_kernels(dim: int, temperature: float) -> None:
                     print(f"{name} {cut}: {type(error).__name__}")
                 else:
                     runs[f"{name}|{cut}"] = job
-        timings = time_interleaved(runs, "cuda", warmup=2, min_runs=10, max_runs=30, budget_s=20)
+        min_runs = 10 if device == "cuda" else 1
+        timings = time_interleaved(runs, device, warmup=2, min_runs=min_runs, max_runs=30, budget_s=20 * (min_runs > 1))
         for label, timing in sorted(timings.items(), key=lambda item: item[1].median):
             name, cut_text = label.split("|")
             row = {"what": name, "shape": cut_text, "rows": rows, "dim": dim, **timing.columns(), **where}
             append("loss_tune.csv", [row])
         for name in ("row_sums triangle", "row_sums whole", "gradient"):
-            best = min((label for label in timings if label.startswith(name)), key=lambda label: timings[label].median)
-            print(f"{rows} rows: {best} {timings[best].median:.4f} ms")
+            mine = {label: timing.median for label, timing in timings.items() if label.startswith(name)}
+            if mine:
+                best = min(mine, key=mine.__getitem__)
+                print(f"{rows} rows: {best} {mine[best]:.4f} ms")
     print("shipped:", [asdict(shape) for shape in kernels.shapes(dim, "fp16")])
 
 

@@ -16,7 +16,7 @@ import typer
 
 from benchmarks.tables import Row, conditions, grouped, newest, number, percent, table
 from model.run_folder import read_rows
-from tools.records import RECORDS, append, environment, save_plot, training_seconds
+from tools.records import RECORDS, append, can_plot, environment, save_plot, training_seconds
 
 
 def main(
@@ -47,7 +47,8 @@ def main(
         for row in scored or metrics[-1:]  # a run for speed alone has one row without accuracy
     ]
     append("training.csv", [{**row, **facts} for row in rows])
-    draw(RECORDS / f"training-{name}.png", name, metrics, facts)
+    if can_plot():
+        draw(RECORDS / f"training-{name}.png", name, metrics, facts)
     for row in rows:
         typer.echo(f"step {row['step']:>7}  {row['training_s']:>8.1f} s of training  kNN {row['knn_top1']}")
     typer.echo(f"{facts['images_per_s_median']:.0f} images/s on {facts['device']}")

@@ -3,10 +3,11 @@
 environment(device) -> dict      GPU, processor, driver, versions, command, commit, date
 append(record, rows)             add rows to a CSV; rows on record are never edited
 read(record) -> rows             all rows of a CSV
+can_plot()                       whether matplotlib is installed
 save_plot(figure, path)          write a matplotlib figure
 training_seconds(speed, step)    time of training alone, from the rows of a run's speed.jsonl
 
-A record is named by its file in benchmarks/records/, or by a path.
+A record is named by its file in benchmarks/records/, or in the folder SWIFTCLR_RECORDS, or by a path.
 """
 
 import csv
@@ -20,13 +21,14 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from tools import files
 
 ROOT = Path(__file__).resolve().parents[1]
-RECORDS = ROOT / "benchmarks" / "records"
+RECORDS = Path(os.environ.get("SWIFTCLR_RECORDS") or ROOT / "benchmarks" / "records")
 
 
 def environment(device: str = "") -> dict[str, str]:
@@ -82,6 +84,14 @@ def read(record: Path | str) -> list[dict[str, str]]:
         return []
     with files.open_text(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+def can_plot() -> bool:
+    """Whether matplotlib is installed; says so if it is not."""
+    installed = find_spec("matplotlib") is not None
+    if not installed:
+        print("matplotlib is not installed and nothing is drawn: python -m benchmarks.report draws what is on record")
+    return installed
 
 
 def save_plot(figure: Any, path: Path, dpi: int = 120) -> None:
