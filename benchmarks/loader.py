@@ -6,7 +6,7 @@
 
 Stages are the pipeline itself with what follows them left out, so a stage costs the difference to the one before. On a
 CPU the matrix that normalises a fast view is the one that recolours it, so there colour adds next to nothing. Peers are
-in benchmarks/peers.py.
+in benchmarks/peers.py. Beside them stands what the calling thread spends in the loader for a batch that is ready.
 
 Every loader is a program of its own, see benchmarks/programs.py, and all are pinned to the same cores. Rows go to
 records/loader.csv, the plot to records/loader-DEVICE-SIZE.png. CPU ms per source image depend on what else the machine
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -58,6 +59,7 @@ def main(
     device: Literal["cpu", "cuda"] = "cpu",
     hw_decoder_load: Annotated[list[float] | None, typer.Option(help="CUDA only; default 0, 0.35, 0.65, 0.9")] = None,
     memory_steps: Annotated[int | None, typer.Option(help="watched for growth; default 2000 on CUDA")] = None,
+    call_steps: Annotated[int, typer.Option(help="batches fetched when they are ready, to time the call")] = 20,
     out: Annotated[Path, typer.Option(help="folder of loader.csv and the plot")] = RECORDS,
 ) -> None:
     """Measure every stage and, with --images, every peer."""
@@ -109,6 +111,10 @@ def main(
         grown = f"{memory_growth(task, steps):.1f}"
         record(f"memory, {steps} steps", OURS, task, growth_mib=grown)
         print(f"\n{grown} MiB more in use after {steps} steps than after {max(1, steps // 10)}")
+    if call_steps:
+        call = call_ms(task, call_steps)
+        record(f"call, {call_steps} batches", OURS, task, call_ms=f"{call.median:.3g}", p80_call_ms=f"{call.p80:.3g}")
+        print(f"\n{call.median:.3g} ms of the calling thread for a batch of {batch_size} that is ready")
     if can_plot():
         draw(rows, out / f"loader-{device}-{size}.png")
 
@@ -279,11 +285,28 @@ def memory_growth(task: Task, steps: int) -> float:
     return held_at[-1] - held_at[0]
 
 
+def call_ms(task: Task, steps: int) -> Timing:
+    """Milliseconds that the calling thread spends in the loader for a batch that is ready: it pauses for twice as long
+    as one takes before it asks. A training thread cannot issue anything to its GPU in this time."""
+    batches = ours(task)
+    next(batches)
+    start = time.perf_counter()
+    for _ in range(4):
+        next(batches)
+    pause, took = (time.perf_counter() - start) / 2, []
+    for _ in range(steps):
+        time.sleep(pause)
+        start = time.perf_counter()
+        next(batches)
+        took.append(1e3 * (time.perf_counter() - start))
+    return timing(took)
+
+
 # ------------------------------------------------------------------------------------------------ rows, table, plot
 
 COLUMNS = (
     *("images_per_s", "p20_images_per_s", "p80_images_per_s", "cpu_ms", "p20_cpu_ms", "p80_cpu_ms", "runs"),
-    *("growth_mib", "version", "hw_decoder_load"),
+    *("growth_mib", "call_ms", "p80_call_ms", "version", "hw_decoder_load"),
 )
 
 

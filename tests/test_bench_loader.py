@@ -231,7 +231,7 @@ def test_the_record_has_a_row_for_every_stage_and_loader(
         "batch_size": BATCH,
         "threads": [2, 1],
     }
-    options |= {"batch_size": BATCH, "threads": [2, 1], "seconds": 0.1, "memory_steps": 10}
+    options |= {"batch_size": BATCH, "threads": [2, 1], "seconds": 0.1, "memory_steps": 10, "call_steps": 3}
     loader.main(flats.shards, out=tmp_path, **options)
     with (tmp_path / "loader.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -239,13 +239,15 @@ def test_the_record_has_a_row_for_every_stage_and_loader(
         *(("stage", stage, count) for count in "12" for stage in STAGES),
         *(("loader", name, "2") for name in names),
         ("memory, 10 steps", loader.OURS, "2"),
+        ("call, 3 batches", loader.OURS, "2"),
     ]
-    for number, row in enumerate(rows[:-1]):
+    for number, row in enumerate(rows[:-2]):
         place = 1 + (number % len(STAGES) if row["what"] == "stage" else names.index(row["implementation"]))
         for part in ("p20_", "", "p80_"):
             assert float(row[f"{part}images_per_s"]) == pytest.approx(BATCH * int(row["threads"]))
             assert float(row[f"{part}cpu_ms"]) == pytest.approx(10 * place)
-    float(rows[-1]["growth_mib"])
+    float(rows[-2]["growth_mib"])
+    assert 0 < float(rows[-1]["call_ms"]) <= float(rows[-1]["p80_call_ms"])
     assert {(row["views"], row["size"], row["batch_size"]) for row in rows} == {("imagenet blur_kernel=0.3", "16", "4")}
     assert {row["data"] for row in rows} == {"shards, 12 images"}
     one_thread = rows[: len(STAGES)]
@@ -253,6 +255,21 @@ def test_the_record_has_a_row_for_every_stage_and_loader(
     assert sum(loader.shares(one_thread).values()) == pytest.approx(whole)
     with Image.open(tmp_path / "loader-cpu-16.png") as picture:
         assert picture.width > picture.height > 300
+
+
+@thrice
+def test_a_call_is_timed_when_its_batch_is_ready(flats: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches take 40 ms to make, beside the caller, and 4 ms to hand over: waiting for them does not count."""
+
+    def batches(_: Task) -> Iterator[tuple[int, list[Tensor]]]:
+        ready = time.perf_counter()
+        while True:
+            time.sleep(max(0.0, ready - time.perf_counter()) + 0.004)
+            ready = time.perf_counter() + 0.04
+            yield 1, []
+
+    monkeypatch.setattr(loader, "ours", batches)
+    assert 4 <= loader.call_ms(flats, 5).median < 20
 
 
 @pytest.mark.parametrize(
