@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.envi
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+@pytest.hookimpl(optionalhook=True)  # for who leaves pytest-xdist out, as .ci/gpu.py does
 def pytest_xdist_auto_num_workers() -> int:
     """The cores that this process may use: pytest-xdist would count all of the machine, and start as many for each."""
     return min(8, len(os.sched_getaffinity(0)))
