@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from pipeline.entries import MAX_NUMBER
-from pipeline.images import BadImageError, Rules, ppm_shape, prepare
+from pipeline.images import check_all, ppm_shape
 from pipeline.shards import (
     BLOCK,
     Dataset,
@@ -35,7 +35,7 @@ from pipeline.shards import (
 from pipeline.sources_tars import TarError
 from pipeline.sources_tars import members as members_of_tar
 from pipeline.store import fetch, is_remote, opened
-from pipeline.workers import in_order
+from pipeline.workers import DECODERS, in_order
 from tools.files import open_binary, read_text, write_text
 
 ORIGINAL = "dataset.json.original"
@@ -87,7 +87,8 @@ def verify(
     faults: list[Fault] = []
     done = 0
     check = partial(_faults, dataset, images)
-    for shard, found in zip(dataset.shards, in_order(check, iter(dataset.shards), workers), strict=True):
+    by_shard = in_order(check, iter(dataset.shards), workers, DECODERS if images else ())
+    for shard, found in zip(dataset.shards, by_shard, strict=True):
         faults += found
         done += shard.samples
         if progress:
@@ -198,23 +199,34 @@ def _faults(dataset: Dataset, images: bool, shard: Shard) -> list[Fault]:
             if fault:
                 faults.append(Fault(shard.file, None, fault))
             lines = index.decode("ascii", "replace").splitlines()[1:]
-            for number, line in enumerate(lines, 2):
-                try:
-                    sample = members(line)
-                except ValueError:
-                    faults.append(
-                        Fault(shard.file, None, f"line {number} of {shard.index} is malformed: {line[:80]!r}")
-                    )
-                    continue
-                problems = _problems(dataset, tar, sample, images or bool(fault))
-                faults += (Fault(shard.file, sample[0].key, problem) for problem in problems)
+            encoded = _images(dataset, shard, tar, lines, images or bool(fault), faults)
+            for member, _, error in check_all(encoded, dataset.options["max_pixels"]):
+                if error:
+                    problem = f"{member.key}.{member.extension}: {error.reason} ({error})"
+                    faults.append(Fault(shard.file, member.key, problem))
     except OSError as error:
         faults.append(Fault(shard.file, None, f"{error.filename or 'it'} cannot be read ({error.strerror})"))
     return faults
 
 
-def _problems(dataset: Dataset, tar: _Tar, sample: list[IndexMember], images: bool) -> Iterator[str]:
-    """All that is wrong with a sample of a tar."""
+def _images(
+    dataset: Dataset, shard: Shard, tar: _Tar, lines: Iterable[str], decode: bool, faults: list[Fault]
+) -> Iterator[tuple[IndexMember, bytes]]:
+    """The encoded images of an index's lines, if they are to be decoded; what else is wrong goes to `faults`."""
+    for number, line in enumerate(lines, 2):
+        try:
+            sample = members(line)
+        except ValueError:
+            faults.append(Fault(shard.file, None, f"line {number} of {shard.index} is malformed: {line[:80]!r}"))
+            continue
+        whole = list[IndexMember]()
+        faults += (Fault(shard.file, sample[0].key, problem) for problem in _problems(dataset, tar, sample, whole))
+        if decode and not dataset.raw:
+            yield from ((member, tar.read(member.offset, member.size)) for member in whole)
+
+
+def _problems(dataset: Dataset, tar: _Tar, sample: list[IndexMember], whole: list[IndexMember]) -> Iterator[str]:
+    """All that is wrong with a sample of a tar before anything is decoded; images that are in their place: `whole`."""
     expected = sorted(["cls"] if dataset.labelled else [])
     found = sorted(member.extension for member in sample)
     if [each for each in found if each not in dataset.extensions] != expected or len(found) != len(expected) + 1:
@@ -236,16 +248,13 @@ def _problems(dataset: Dataset, tar: _Tar, sample: list[IndexMember], images: bo
         if (split_name(there), size) != ((member.key, member.extension), member.size):
             yield f"the index has {name} of {member.size} bytes where the tar has {there} of {size}"
             continue
-        content = tar.read(member.offset, member.size)
         if member.extension == "cls":
+            content = tar.read(member.offset, member.size)
             num = len(dataset.classes or ())
             digits = content.strip()
             if not (digits.isdigit() and len(digits) < 10 and int(digits) < num):
                 yield f"its label is {content[:20]!r}, expected a number from 0 to {num - 1}"
-        elif dataset.raw and ppm_shape(content) != dataset.raw:
+        elif dataset.raw and ppm_shape(tar.read(member.offset, member.size)) != dataset.raw:
             yield f"{name} is no PPM of {dataset.raw[1]}x{dataset.raw[0]} pixels"
-        elif images:
-            try:
-                prepare(content, Rules(max_pixels=dataset.options["max_pixels"]))
-            except BadImageError as error:
-                yield f"{name}: {error.reason} ({error})"
+        else:
+            whole.append(member)

@@ -6,7 +6,7 @@ CPU the graph may stop before colour, which pipeline/colour.py then adds faster.
 torchvision, timm and the authors do.
 """
 
-from collections import deque
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -35,6 +35,7 @@ class Encoding:
     hw_decoder_load: float = 0.65  # share of a batch's JPEGs for the GPU's hardware decoder, if it has one; DALI's own
 
 
+CHECKED_AT_ONCE = 16  # images that a `Decoder` holds decoded
 Images = Callable[[int], list[Bytes] | Bytes]  # the i-th batch: n encoded images, or pixels (n, H, W, 3)
 
 
@@ -394,25 +395,44 @@ def plain_view(
     return graph()
 
 
-def undecodable(images: Sequence[Bytes], encoding: Encoding, device_id: int | None) -> dict[int, str]:
-    """What the decoder says of each image that it does not decode, by its place; each is decoded alone."""
-    waiting = deque(enumerate(images))
-    faults: dict[int, str] = {}
-    decode = _decoded(lambda _: [waiting[0][1]], encoding, device_id)
-    while waiting:
+class Decoder:
+    """The decoder of the graphs by itself: what it says of images that it does not decode.
+
+    One thread. Of several images at once each takes 0.1 ms more than its decoding, alone it takes 0.5 ms more.
+    """
+
+    def __init__(self, encoding: Encoding, device_id: int | None = None) -> None:
+        self._encoding, self._device_id = encoding, device_id
+        self._pipe: Pipeline | None = None
+        self._images: list[Bytes] = []
+
+    def refused(self, images: Sequence[bytes | Bytes]) -> dict[int, str]:
+        """What is wrong with each image that does not decode, by its place."""
+        arrays = [np.frombuffer(image, np.uint8) for image in images]
+        faults: dict[int, str] = {}
+        for first in range(0, len(arrays), CHECKED_AT_ONCE):
+            part = arrays[first : first + CHECKED_AT_ONCE]
+            if self._run(part):
+                alone = {place: self._run([image]) for place, image in enumerate(part, first)}
+                faults |= {place: said for place, said in alone.items() if said}
+        return faults
+
+    def _run(self, images: list[Bytes]) -> str:
+        self._images = images
+        me = weakref.proxy(self)  # DALI holds its callbacks, and what they hold, until cycles are collected
+        self._pipe = self._pipe or _decoded(lambda _: me._images, self._encoding, self._device_id)
         try:
-            decode.run()
+            self._pipe.run()
         except RuntimeError as error:
-            faults[waiting[0][0]] = complaint(error)
-            decode = _decoded(lambda _: [waiting[0][1]], encoding, device_id)
-        waiting.popleft()
-    return faults
+            self._pipe = None  # it is of no more use
+            return complaint(error)
+        return ""
 
 
 def _decoded(images: Images, encoding: Encoding, device_id: int | None) -> Pipeline:
-    """Pipeline of one decoded image a batch, none of them ahead."""
+    """Pipeline of decoded images, none of them ahead."""
 
-    @pipeline_def(batch_size=1, num_threads=1, device_id=device_id, prefetch_queue_depth=1)
+    @pipeline_def(batch_size=CHECKED_AT_ONCE, num_threads=1, device_id=device_id, prefetch_queue_depth=1)
     def graph() -> DataNode:
         gpu = device_id is not None
         return _image(_encoded(images, encoding, gpu), encoding, gpu)[0]

@@ -10,12 +10,16 @@ nothing. EXIF orientation is never applied. Bytes that do not decode, or announc
 import io
 import re
 import warnings
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal, get_args
+from itertools import islice
+from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from pipeline.graph import Decoder
 
 OnBad = Literal["fail", "skip", "reencode"]
 Store = Literal["original", "ppm"]
@@ -104,8 +108,92 @@ def ppm_shape(image: bytes) -> tuple[int, int] | None:
     return (height, width) if len(image) == header.end() + 3 * height * width else None
 
 
-def prepare(image: bytes, rules: Rules) -> Prepared:
-    """The bytes to store for an encoded image. Raises BadImageError."""
+Item = TypeVar("Item")
+Content = TypeVar("Content")
+Images = dict[int, bytes]  # encoded, by any numbers
+AT_ONCE = 16  # images in memory together, for a decoder that takes several at the price of one
+NOT_DALI = "not decoded by DALI"  # the reason of an image that Pillow takes, and that would end a training
+
+
+def prepare_all(
+    images: Iterable[tuple[Item, bytes | BadImageError]], rules: Rules
+) -> Iterator[tuple[Item, Prepared | BadImageError]]:
+    """Each item with the bytes to store for its image, or why there are none, in order.
+
+    With `rules.verify` the decoder that training uses is asked too: what only Pillow decodes is not stored as it is.
+    """
+
+    def attempt(image: bytes | BadImageError, kind: str | None = None) -> Prepared | BadImageError:
+        try:
+            return image if isinstance(image, BadImageError) else prepare(image, rules, kind)
+        except BadImageError as error:
+            return error
+
+    refused = _decoder(rules.max_pixels)
+
+    def doubted(results: dict[int, Prepared | BadImageError]) -> dict[int, str]:
+        return refused({i: each.data for i, each in results.items() if isinstance(each, Prepared)})
+
+    for part in _parts(images):
+        results = [attempt(image) for _, image in part]
+        if rules.verify:
+            converted = doubted(dict(enumerate(results)))
+            for i in converted:
+                results[i] = attempt(part[i][1], NOT_DALI)
+            for i, complaint in doubted({i: results[i] for i in converted}).items():
+                results[i] = BadImageError(NOT_DALI, complaint)
+        yield from ((item, result) for (item, _), result in zip(part, results, strict=True))
+
+
+def check_all(
+    images: Iterable[tuple[Item, bytes]], max_pixels: int
+) -> Iterator[tuple[Item, bytes, BadImageError | None]]:
+    """Each item with its image, which a shard holds as it is, and why training cannot use that, if so, in order."""
+    refused, rules = _decoder(max_pixels), Rules(max_pixels=max_pixels)
+    for part in _parts(images):
+        faults: dict[int, BadImageError] = {}
+        for i, (_, image) in enumerate(part):
+            try:
+                prepare(image, rules)
+            except BadImageError as error:
+                faults[i] = error
+        said = refused({i: image for i, (_, image) in enumerate(part) if i not in faults})
+        faults |= {i: BadImageError(NOT_DALI, complaint) for i, complaint in said.items()}
+        yield from ((item, image, faults.get(i)) for i, (item, image) in enumerate(part))
+
+
+def _decoder(max_pixels: int) -> Callable[[Images], dict[int, str]]:
+    """What training's decoder, on the CPU, says of each image that it does not decode.
+
+    A PPM of ours is pixels already. DALI takes a second to import, so it is when there is an image for it.
+    """
+    decoder: Decoder | None = None
+
+    def refused(images: Images) -> dict[int, str]:
+        nonlocal decoder
+        asked = {i: image for i, image in images.items() if not ppm_shape(image)}
+        if not asked:
+            return {}
+        from pipeline.graph import Decoder, Encoding
+
+        decoder = decoder or Decoder(Encoding(max_pixels=max_pixels))
+        numbers = list(asked)
+        return {numbers[place]: said for place, said in decoder.refused(list(asked.values())).items()}
+
+    return refused
+
+
+def _parts(images: Iterable[tuple[Item, Content]]) -> Iterator[list[tuple[Item, Content]]]:
+    rest = iter(images)
+    while part := list(islice(rest, AT_ONCE)):
+        yield part
+
+
+def prepare(image: bytes, rules: Rules, kind: str | None = None) -> Prepared:
+    """The bytes to store for an encoded image. Raises BadImageError.
+
+    kind  why it is nothing to store as it is, where that is known already.
+    """
     if not image:
         raise BadImageError("empty", "the file has no bytes")
     if shape := ppm_shape(image):
@@ -118,7 +206,7 @@ def prepare(image: bytes, rules: Rules) -> Prepared:
         # Warnings are of odd EXIF and the like: the pixels are what counts.
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(image), formats=_formats()) as picture:
             _check_pixels(*picture.size, rules)
-            kind = None if shape else _odd_kind(picture, image)
+            kind = kind or (None if shape else _odd_kind(picture, image))
             if kind and rules.on_bad != "reencode":
                 raise BadImageError(kind, "not stored as it is; reencode would convert it")
             size = _shrunk(picture.size, rules.resize)

@@ -10,17 +10,17 @@ import glob
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from pipeline.entries import Tally, actions_text, class_names, is_number
-from pipeline.images import MAX_PIXELS, BadImageError, Rules, ppm_shape, prepare
+from pipeline.images import MAX_PIXELS, NOT_DALI, check_all, ppm_shape
 from pipeline.shards import Dataset, DatasetError, Shard, index_line, index_text, manifest, read_dataset
 from pipeline.sources_tars import TARS, TarSample, compressed_tars, member_extension, no_label, tar_labels, tar_samples
-from pipeline.workers import in_order
+from pipeline.workers import DECODERS, in_order
 from pipeline.write import names_full_disk, publish
 from tools.files import open_binary, write_new
 
@@ -59,13 +59,13 @@ def index_tars(
     root, files = _locate(tars)
     if image_member is not None:
         image_member = member_extension(image_member)
-    scan = partial(_scan, root, labels, image_member, Rules(max_pixels=max_pixels) if verify else None)
+    scan = partial(_scan, root, labels, image_member, max_pixels if verify else None)
     tally = Tally()
     for path in (path for each in map(Path, tars) if each.is_dir() for path in compressed_tars(each)):
         tally.leave_out(str(path), "compressed tar", "unpack it first")
     with publish(out) as folder, names_full_disk(folder):
         found: list[_Tar] = []
-        for tar in in_order(scan, iter(files), min(workers, len(files))):
+        for tar in in_order(scan, iter(files), min(workers, len(files)), DECODERS if verify else ()):
             found.append(tar)
             tally.add(tar.tally)
             if progress:
@@ -168,43 +168,50 @@ class _Tar:
     shapes: set[tuple[int, int] | None] = field(default_factory=set)  # of the images, as PPMs; empty: not looked at
 
 
-def _scan(root: Path, labels: bool, image_member: str | None, rules: Rules | None, name: str) -> _Tar:
-    """Find the samples of a tar; with `rules`, read and decode them too."""
+def _scan(root: Path, labels: bool, image_member: str | None, max_pixels: int | None, name: str) -> _Tar:
+    """Find the samples of a tar; with `max_pixels`, read and decode them too."""
     with open_binary(root / name) as file:
         tar = _Tar(name, os.fstat(file.fileno()).st_size)
-        for sample in tar_samples(file, name, tar.tally, labels=labels, image_member=image_member):
-            if _decodes(tar, file, sample, chosen=image_member is not None, rules=rules):
-                parts = [sample.image]
-                if sample.label is not None and sample.label_member:
-                    parts = sorted((sample.image, sample.label_member), key=lambda member: member.offset)
-                line = index_line((part.name, part.offset, part.size) for part in parts)
-                tar.samples.append(
-                    _Sample(sample.key, sample.extension, sample.image.name, sample.label, sample.fault, line)
-                )
-        if rules:
+        samples = tar_samples(file, name, tar.tally, labels=labels, image_member=image_member)
+        if image_member is None:
+            samples = _of_kinds(tar, samples)
+        for sample in samples if max_pixels is None else _decoding(tar, file, samples, max_pixels):
+            parts = [sample.image]
+            if sample.label is not None and sample.label_member:
+                parts = sorted((sample.image, sample.label_member), key=lambda member: member.offset)
+            line = index_line((part.name, part.offset, part.size) for part in parts)
+            tar.samples.append(
+                _Sample(sample.key, sample.extension, sample.image.name, sample.label, sample.fault, line)
+            )
+        if max_pixels is not None:
             file.seek(0)
             tar.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return tar
 
 
-def _decodes(tar: _Tar, file: BinaryIO, sample: TarSample, *, chosen: bool, rules: Rules | None) -> bool:
-    """Whether the image is of a kind that DALI decodes and, with `rules`, decodes; if not, why is noted."""
-    path, kind = f"{tar.file}/{sample.image.name}", sample.extension.rpartition(".")[2]
-    if kind not in KINDS and not chosen:
-        detail = f"DALI decodes no .{kind}; the command webdataset converts it"
-        tar.tally.leave_out(path, "not decoded by DALI", detail)
-        return False
-    if rules is None:
-        return True
-    file.seek(sample.image.offset)
-    content = file.read(sample.image.size)
-    try:
-        prepare(content, rules)
-    except BadImageError as error:
-        tar.tally.leave_out(path, error.reason, str(error))
-        return False
-    tar.shapes.add(ppm_shape(content))
-    return True
+def _of_kinds(tar: _Tar, samples: Iterable[TarSample]) -> Iterator[TarSample]:
+    """Those whose image is of a kind that DALI decodes, by its name; the others are noted."""
+    for sample in samples:
+        if (kind := sample.extension.rpartition(".")[2]) in KINDS:
+            yield sample
+        else:
+            detail = f"DALI decodes no .{kind}; the command webdataset converts it"
+            tar.tally.leave_out(f"{tar.file}/{sample.image.name}", NOT_DALI, detail)
+
+
+def _decoding(tar: _Tar, file: BinaryIO, samples: Iterable[TarSample], max_pixels: int) -> Iterator[TarSample]:
+    """Those whose image decodes; of the others why not is noted."""
+
+    def content(sample: TarSample) -> bytes:
+        file.seek(sample.image.offset)
+        return file.read(sample.image.size)
+
+    for sample, image, error in check_all(((sample, content(sample)) for sample in samples), max_pixels):
+        if error:
+            tar.tally.leave_out(f"{tar.file}/{sample.image.name}", error.reason, str(error))
+        else:
+            tar.shapes.add(ppm_shape(image))
+            yield sample
 
 
 # ---- what is written

@@ -103,6 +103,14 @@ class _Feed:
         """The batch of this number, if it is one of those given last."""
         return next((encoded for given, encoded in self._given if given == number), None)
 
+    def undecodable(self, number: int, encoding: "Encoding", device: torch.device) -> dict[int, str]:
+        """What is wrong with images that do not decode, by sample: of the batch of this number, or of a later one.
+
+        The pipeline works on several batches at a time, and what fails in one may come up in place of another.
+        """
+        given = [encoded for at, encoded in self._given if at >= number]
+        return next(filter(None, (_undecodable(encoded, encoding, device) for encoded in given)), {})
+
 
 def copy_out(output: Any, out: Tensor, stream: Any) -> None:
     """Copies an output of a pipeline that ran with `stream` into memory of torch's, (n, S, S, 3) as the output is.
@@ -368,7 +376,7 @@ class Loader:
 
     def _undecodable(self, run: int, error: Exception) -> dict[int, str]:
         """The images of a failed batch that do not decode. Raises LoaderError where all do."""
-        faults = _undecodable(self._feed.encoded(run), self._encoding, self.device)
+        faults = self._feed.undecodable(run, self._encoding, self.device)
         if not faults:
             from pipeline.graph import complaint
 
@@ -529,7 +537,7 @@ def build_eval_loader(
             except (OSError, DatasetError) as error:
                 raise LoaderError(f"{failed}: {error}") from error
             except RuntimeError as error:
-                faults = _undecodable(feed.encoded(step), encoding, device)
+                faults = feed.undecodable(step, encoding, device)
                 said = _damaged(failed, faults, reader) if faults else f"{failed}: {complaint(error)}"
                 raise LoaderError(said) from error
             batch = feed.encoded(step)
@@ -577,19 +585,19 @@ def _damaged(failed: str, faults: Mapping[int, str], reader: Reader) -> str:
     )
 
 
-def _undecodable(encoded: Encoded | None, encoding: "Encoding", device: torch.device) -> dict[int, str]:
+def _undecodable(encoded: Encoded, encoding: "Encoding", device: torch.device) -> dict[int, str]:
     """What is wrong with each image of a batch that DALI does not decode, by the number of its sample.
 
     In Pillow's words, where it refuses too.
     """
     from PIL import Image, UnidentifiedImageError
 
-    from pipeline.graph import undecodable
+    from pipeline.graph import Decoder
 
     faults: dict[int, str] = {}
-    if encoded is None or not isinstance(encoded.images, list):  # pixels need no decoder
+    if not isinstance(encoded.images, list):  # pixels need no decoder
         return faults
-    for i, complaint in undecodable(encoded.images, encoding, _device_id(device)).items():
+    for i, complaint in Decoder(encoding, _device_id(device)).refused(encoded.images).items():
         sample, content = int(encoded.samples[i]), encoded.images[i].tobytes()
         why = f"does not decode ({complaint})"
         try:

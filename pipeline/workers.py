@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import TypeVar
 
+DECODERS = "PIL.Image", "pipeline.graph"  # what workers that look at images import
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
@@ -23,7 +25,7 @@ def share_of_cores() -> int:
 
 
 def in_order(
-    function: Callable[[Task], Result], tasks: Iterator[Task], workers: int, preload: Sequence[str] = ("PIL.Image",)
+    function: Callable[[Task], Result], tasks: Iterator[Task], workers: int, preload: Sequence[str] = DECODERS
 ) -> Iterator[Result]:
     """Map in order. One worker is this process; more start from one server that has imported `preload`, and end with
     this process. They need the `if __name__ == "__main__":` of multiprocessing, and functions that can be pickled.

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pipeline.entries import Tally, actions_text
-from pipeline.images import MAX_PIXELS, BadImageError, OnBad, Prepared, Rules, Store, ppm_shape, prepare
+from pipeline.images import MAX_PIXELS, BadImageError, OnBad, Prepared, Rules, Store, ppm_shape, prepare_all
 from pipeline.shards import (
     BLOCK,
     NAME,
@@ -37,7 +37,7 @@ from pipeline.shards import (
     read_dataset,
     shard_fault,
 )
-from pipeline.workers import in_order
+from pipeline.workers import DECODERS, in_order
 from tools.files import (
     MARK,
     append,
@@ -117,8 +117,9 @@ def write_shards(
         parts = _finished(folder, job)
         num = sum(part.shard is not None for part in parts)
         write = partial(_write_shard, folder, Path(root).absolute(), rules, convert)
+        preload = ("webdataset", *DECODERS) if rules.verify else ("webdataset", "PIL.Image")
         try:
-            for part in in_order(write, islice(tasks, len(parts), None), workers, ("webdataset", "PIL.Image")):
+            for part in in_order(write, islice(tasks, len(parts), None), workers, preload):
                 if part.shard:  # shards of which nothing is left leave no gap in the numbers
                     part.shard = _rename(folder, part.shard, f"{name}-{num:06d}.tar")
                     num += 1
@@ -369,23 +370,28 @@ def _write_shard(
     """Write one tar and its index, both fsynced. A key is the sample's place in the shuffled order and its stem."""
     from webdataset import TarWriter
 
+    def read(sample: Sample) -> bytes | BadImageError:
+        try:
+            data = sample.read(root)
+            return convert(data) if convert else data
+        except BadImageError as error:
+            return error
+
     file, start, samples = task
     part, lines = _Part(), []
     shapes: set[tuple[int, int] | None] = set()
     with create(folder / file) as raw:
         tar = _Hashed(raw)
         with TarWriter(tar, user="", group="", mtime=0, encoder=False) as writer:
-            for position, sample in enumerate(samples, start):
-                try:
-                    data = sample.read(root)
-                    image = prepare(convert(data) if convert else data, rules)
-                except BadImageError as error:
+            contents = ((placed, read(placed[1])) for placed in enumerate(samples, start))
+            for (position, sample), image in prepare_all(contents, rules):
+                if isinstance(image, BadImageError):
                     if rules.on_bad == "fail":
                         raise DatasetError(
-                            f"{sample.name!r} cannot be stored ({error.reason}: {error}), and on_bad is 'fail': mend "
+                            f"{sample.name!r} cannot be stored ({image.reason}: {image}), and on_bad is 'fail': mend "
                             "or remove it, or choose 'skip' or 'reencode'. Nothing was written"
-                        ) from error
-                    part.leave_out(sample, error)
+                        ) from image
+                    part.leave_out(sample, image)
                     continue
                 key = f"{position:08d}-{re.sub('[^A-Za-z0-9_-]+', '_', Path(sample.name).stem)[:64]}"
                 lines.append(_add(writer, key, image, sample.label))

@@ -20,7 +20,7 @@ from nvidia.dali import backend, fn
 from PIL import Image
 
 from pipeline.colour import finish
-from pipeline.graph import Encoding, _decoded, plain_view, two_views, undecodable
+from pipeline.graph import Decoder, Encoding, _decoded, plain_view, two_views
 from pipeline.views import ATTEMPTS, OPERATIONS, VIEWS, Draws, ViewConfig, draw, make_views
 from tests.oracles import views as oracle
 
@@ -732,11 +732,11 @@ def test_images_that_do_not_decode_are_named_by_their_place() -> None:
     photo = photos()[0][:64, :64]
     jpeg, large = encode(photo, "JPEG"), encode(noise(65, 64))
     images = [encode(photo), jpeg[:20], jpeg, np.zeros(100, np.uint8), large, encode(photo)[:200], encode(photo)]
-    found = undecodable(images, Encoding(max_pixels=64 * 64), None)
+    found = Decoder(Encoding(max_pixels=64 * 64)).refused(images)
     assert sorted(found) == [1, 3, 4, 5]
     assert all(words and "\n" not in words and "C++" not in words for words in found.values())
-    assert undecodable(images[:1] + images[2:3], Encoding(), None) == {}
-    assert undecodable([], Encoding(), None) == {}
+    assert Decoder(Encoding()).refused(images[:1] + images[2:3]) == {}
+    assert Decoder(Encoding()).refused([]) == {}
 
 
 # ---- evaluation ----------------------------------------------------------------------------------------------------
