@@ -13,20 +13,21 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
-from pipeline.images import BadImageError
+from pipeline.images import PILLOW_MAX_PIXELS, BadImageError
 from pipeline.store import address, fetch, is_remote
 from tools.files import open_binary, read_bytes
 
-# Older versions are read too: 1 had no raw shape and no quarantine, 1 and 2 had their tars beside the manifest.
-FORMAT, VERSION = "swiftclr-shards", 3
+# Older versions are read too: 1 had no raw shape and no quarantine, 1 and 2 had their tars beside the manifest, 1 to 3
+# had no hash over what the fingerprint leaves out.
+FORMAT, VERSION = "swiftclr-shards", 4
 NAME = re.compile(r"[A-Za-z0-9_-]+")
+SHA256 = re.compile(r"[0-9a-f]{64}")
 BLOCK = 512  # bytes: a tar consists of such; the header of a member is the one before its content
 SAFE = "".join(chr(code) for code in range(0x21, 0x7F) if chr(code) not in "%;")  # spelled as it is in an index
 MEMBER_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's own rule (tariterators.base_plus_ext)
@@ -111,7 +112,8 @@ class Dataset:
     def fingerprint(self) -> str:
         """sha256 over the samples, classes and hashes of the shards: the same wherever the folders lie.
 
-        The size of a tar stands for its hash where it has none.
+        The size of a tar stands for its hash where it has none. A run resumes on this fingerprint alone; what else the
+        manifest says is covered by a hash of its own, so that runs begun before there was one go on.
         """
         shards = [[shard.samples, shard.sha256 or shard.bytes, shard.index_sha256] for shard in self.shards]
         return hashlib.sha256(json.dumps([self.samples, self.classes, shards]).encode()).hexdigest()
@@ -155,31 +157,17 @@ class Dataset:
         return fetch([self.index(self.shards[shard]) for shard in shards])
 
 
-def label_difference(first: Dataset, second: Dataset) -> str:
-    """Why the labels of one data set mean nothing in the other, or "" where they mean the same."""
-    for dataset in (first, second):
-        if dataset.classes is None:
-            return f"{dataset.address} has no labels"
-    ours, theirs = first.classes or (), second.classes or ()
-    for label, (one, other) in enumerate(zip_longest(ours, theirs)):
-        if one != other:
-            names = " and ".join("no class" if name is None else repr(name) for name in (one, other))
-            return (
-                f"{len(ours)} classes in {first.address} and {len(theirs)} in {second.address}; label {label} is "
-                f"{names}, in this order"
-            )
-    return ""
-
-
-# What to do about it; classes come from folders, lists and tars alike.
-LABEL_BOTH = "make both from the same class folders, empty ones included, or with one list of classes (--classes)"
-
-
 def manifest(dataset: Dataset) -> str:
     """The text of dataset.json."""
     content = {"format": FORMAT, "version": VERSION, "fingerprint": dataset.fingerprint, **asdict(dataset)}
     del content["root"]
-    return json.dumps(content, indent=1)
+    return json.dumps({**content, "sha256": _seal(content)}, indent=1)
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    """sha256 over all that a manifest says, but where the tars lie: they may be moved."""
+    sealed = {name: value for name, value in content.items() if name not in ("sha256", "tars_at")}
+    return hashlib.sha256(json.dumps(sealed, sort_keys=True).encode()).hexdigest()
 
 
 def read_dataset(path: str | Path, *, check: bool = True) -> Dataset:
@@ -194,17 +182,18 @@ def read_dataset(path: str | Path, *, check: bool = True) -> Dataset:
     remake = "Make the shards anew (python tools/make_shards.py folder IMAGES OUT), or copy the data set again"
     try:
         manifest = json.loads(fetch([file])[0])
-        kind = (manifest.pop("format"), manifest.pop("version"))
-        if kind not in ((FORMAT, 1), (FORMAT, 2), (FORMAT, VERSION)):
-            raise DatasetError(f"{file} is {kind}, this program reads {(FORMAT, VERSION)}. {remake}")
+        seal = _seal(manifest)
+        format, version = manifest.pop("format"), manifest.pop("version")
+        if format != FORMAT or type(version) is not int or not 1 <= version <= VERSION:
+            raise DatasetError(f"{file} is {(format, version)}, this program reads {(FORMAT, VERSION)}. {remake}")
+        _check_fields(manifest)
+        intact = version < 4 or manifest.pop("sha256") == seal
         fingerprint, shards = manifest.pop("fingerprint"), tuple(Shard(**shard) for shard in manifest.pop("shards"))
         for field in ("classes", "extensions"):
             manifest[field] = manifest[field] and tuple(manifest[field])
         manifest["raw"] = manifest.get("raw") and tuple(manifest["raw"])
         dataset = Dataset(root=root, shards=shards, **manifest)
-        intact = dataset.fingerprint == fingerprint and dataset.samples == sum(shard.samples for shard in shards)
-        intact = intact and "\0" not in dataset.tars_at and all(_lies_inside(dataset, shard.file) for shard in shards)
-        intact = intact and all(isinstance(shard.quarantined, int) for shard in shards)  # it is part of a file name
+        intact = intact and dataset.fingerprint == fingerprint
     except (FileNotFoundError, NotADirectoryError) as error:
         if remote:
             raise DatasetError(f"cannot read {file}: {error.strerror}") from error
@@ -216,10 +205,10 @@ def read_dataset(path: str | Path, *, check: bool = True) -> Dataset:
         raise DatasetError(f"cannot read {file}: {error.strerror}") from error
     except DatasetError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DatasetError(f"{file} is damaged ({type(error).__name__}: {error}). {remake}") from error
     if not intact:
-        raise DatasetError(f"{file} has been changed: its shards do not give its fingerprint or samples. {remake}")
+        raise DatasetError(f"{file} has been changed: its content does not give its hashes. {remake}")
     found: list[str | None] = []
     if check and remote:
         try:
@@ -241,11 +230,72 @@ def read_dataset(path: str | Path, *, check: bool = True) -> Dataset:
     return dataset
 
 
-def _lies_inside(dataset: Dataset, file: str) -> bool:
+def _check_fields(manifest: Mapping[str, Any]) -> None:
+    """Raises ValueError naming the first field whose type or range is wrong, KeyError for one that is missing."""
+
+    def expect(fits: bool, field: str, expected: str, value: object) -> None:
+        if not fits:
+            raise ValueError(f"{field}: expected {expected}, got {repr(value)[:80]}")
+
+    def whole(value: object, low: int = 0, high: int = 2**63 - 1) -> bool:
+        return type(value) is int and low <= value <= high  # a bool is an int too
+
+    def texts(value: object, least: int = 0) -> bool:
+        return isinstance(value, list) and len(value) >= least and all(isinstance(each, str) for each in value)
+
+    def text(value: object) -> bool:
+        return isinstance(value, str) and "\0" not in value
+
+    name, samples, classes, extensions = (manifest[name] for name in ("name", "samples", "classes", "extensions"))
+    options, counts, shards = (manifest[name] for name in ("options", "counts", "shards"))
+    raw, tars_at = manifest.get("raw"), manifest.get("tars_at", "")
+    expect(text(name), "name", "text", name)
+    expect(whole(samples, 1), "samples", "a whole number from 1", samples)
+    expect(classes is None or texts(classes, 1), "classes", "null or a list of names", classes)
+    expect(texts(extensions, 1), "extensions", "a list of extensions", extensions)
+    expect(isinstance(options, dict), "options", "an object", options)
+    most = options["max_pixels"]
+    expect(whole(most, 1, PILLOW_MAX_PIXELS), "options.max_pixels", f"1 to {PILLOW_MAX_PIXELS}", most)
+    pair = isinstance(raw, list) and len(raw) == 2 and all(whole(side, 1, most) for side in raw)
+    fits = raw is None or (pair and raw[0] * raw[1] <= most)
+    expect(fits, "raw", f"null, or height and width of PPMs of up to {most} pixels", raw)
+    expect(text(tars_at), "tars_at", "a folder", tars_at)
+    expect(isinstance(counts, dict), "counts", "an object", counts)
+    for what, count in counts.items():
+        if what == "quarantined":
+            expect(texts(count), "counts.quarantined", "a list of keys", count)
+        elif what == "per_class":
+            num = len(classes or ())
+            fits = count is None or (isinstance(count, list) and len(count) == num and all(map(whole, count)))
+            expect(fits, "counts.per_class", f"null, or a whole number for each of {num} classes", count)
+        else:
+            fits = all(map(whole, count.values())) if isinstance(count, dict) else whole(count)
+            expect(fits, f"counts.{what}", "a whole number from 0, or one by kind", count)
+    expect(isinstance(shards, list) and len(shards) > 0, "shards", "a list of them", shards)
+    files: set[str] = set()
+    for i, shard in enumerate(shards):
+        at, left_out = f"shards[{i}]", shard.get("quarantined", 0)
+        file, size, held = shard["file"], shard["bytes"], shard["samples"]
+        inside = text(file) and _lies_inside(file, bool(tars_at)) and file not in files
+        expect(inside, f"{at}.file", "a tar in the folder of the tars, named once", file)
+        files.add(file)
+        expect(whole(size, 1), f"{at}.bytes", "a whole number from 1", size)
+        expect(whole(left_out), f"{at}.quarantined", "a whole number from 0", left_out)
+        most = size // (2 * BLOCK) - left_out  # a sample has a header and content
+        expect(whole(held, 1, most), f"{at}.samples", f"1 to {most}, for {size} bytes hold no more", held)
+        for hash in ("sha256", "index_sha256"):
+            digits = shard[hash]
+            fits = isinstance(digits, str) and bool(SHA256.fullmatch(digits) or (hash == "sha256" and not digits))
+            expect(fits, f"{at}.{hash}", "64 hexadecimal digits", digits)
+    total = sum(shard["samples"] for shard in shards)
+    expect(samples == total, "samples", f"{total}, as its shards have", samples)
+
+
+def _lies_inside(file: str, elsewhere: bool) -> bool:
     """Whether a shard's file is NAME.tar, or where tars lie elsewhere, a path that stays inside their folder."""
-    if not dataset.tars_at:
+    if not elsewhere:
         return bool(NAME.fullmatch(file.removesuffix(".tar")))
-    return "\0" not in file and not {"", ".", ".."} & set(file.split("/"))
+    return not {"", ".", ".."} & set(file.split("/"))
 
 
 # ---- indexes
@@ -329,13 +379,13 @@ def content_fault(tar: str, index: str, shard: Shard, size: int | None, content:
     if size is not None and size != shard.bytes:
         was = "written" if shard.sha256 else "indexed"
         return f"{tar} has {size} bytes, expected {shard.bytes}: truncated, or not the shard that was {was}"
-    if hashlib.sha256(content).hexdigest() == shard.index_sha256:
-        return None
-    header, *lines = content.split(b"\n")
     if not content:
         return f"{index} is empty, expected an index of {shard.samples} samples"
+    header, lines = content[:40].partition(b"\n")[0], content.count(b"\n") - 1
     if header != b"v1.2 %d" % shard.samples:
-        return f"{index} starts with {header[:40]!r}, expected 'v1.2 {shard.samples}': not the index of {shard.file}"
-    if len(lines) != shard.samples + 1:
-        return f"{index} has {len(lines) - 1} lines of {shard.samples} samples: truncated"
+        return f"{index} starts with {header!r}, expected 'v1.2 {shard.samples}': not the index of {shard.file}"
+    if lines != shard.samples:
+        return f"{index} has {lines} lines of {shard.samples} samples: truncated"
+    if hashlib.sha256(content).hexdigest() == shard.index_sha256:
+        return None
     return f"{index} is stale: it has {shard.samples} samples, but is not the index written with {shard.file}"

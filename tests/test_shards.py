@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.shards import Dataset, DatasetError, Sample, read_dataset
+from pipeline.shards import Dataset, DatasetError, Sample, manifest, read_dataset
 from pipeline.write import publish, write_shards
 from tools.files import MARK, MARK_TEXT, write_mark
 
@@ -549,6 +551,7 @@ def test_what_is_not_whole_is_written_again(tmp_path: Path, damage: str) -> None
 
 KILLED = """
 import os, random, signal, sys, time
+from dataclasses import replace
 from pathlib import Path
 import PIL.Image, webdataset  # the slow part, once for all runs
 from pipeline.write import write_shards
@@ -624,9 +627,9 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "manifest that is a list": (edit("dataset.json", lambda _: b"[]"), "dataset.json is damaged"),
     "unknown format version": (edit_manifest(version=99), r"dataset.json is .*99.*this program reads"),
     "another program's manifest": (edit_manifest(format="other"), r"dataset.json is .*other"),
-    "manifest without shards": (edit_manifest(shards=[]), "dataset.json has been changed"),
-    "manifest with another count": (edit_manifest(samples=5), "dataset.json has been changed"),
-    "manifest with other classes": (edit_manifest(classes=["a"]), "dataset.json has been changed"),
+    "manifest without shards": (edit_manifest(shards=[]), "dataset.json is damaged .*shards: expected a list"),
+    "manifest with another count": (edit_manifest(samples=5), "samples: expected 12, as its shards have, got 5"),
+    "manifest with other classes": (edit_manifest(classes=["a"]), "counts.per_class: .* for each of 1 classes"),
     "manifest with an unknown key": (edit_manifest(colour="red"), "dataset.json is damaged"),
 }
 
@@ -640,6 +643,82 @@ def test_a_faulty_set_is_refused_by_name(tmp_path: Path, fault: str) -> None:
     with pytest.raises(DatasetError, match=message) as caught:
         read_dataset(tmp_path / "set")
     assert "python tools/make_shards.py" in str(caught.value)
+
+
+CHANGED: dict[str, object] = {
+    "name": "other",
+    "extensions": ["png"],
+    "options": {"max_pixels": 1},
+    "raw": [16, 16],
+    "counts": {"left_out": {"empty": 1}},
+    "classes": [str(i) for i in range(NUM)],
+}
+
+
+@pytest.mark.parametrize("field", CHANGED)
+def test_a_manifest_that_was_changed_in_any_field_is_refused(tmp_path: Path, made: Dataset, field: str) -> None:
+    """A changed raw would train on cut images."""
+    (tmp_path / "dataset.json").write_bytes((made.root / "dataset.json").read_bytes())
+    assert read_dataset(tmp_path, check=False).fingerprint == made.fingerprint
+    edit_manifest(**{field: CHANGED[field]})(tmp_path)
+    with pytest.raises(DatasetError, match="dataset.json has been changed"):
+        read_dataset(tmp_path, check=False)
+
+
+def test_manifests_without_a_hash_of_their_own_are_read(tmp_path: Path, made: Dataset) -> None:
+    """Those of version 3, on whose fingerprints runs resume; another version's number does not undo the hash."""
+    content = json.loads((made.root / "dataset.json").read_text())
+    (tmp_path / "dataset.json").write_text(json.dumps(content | {"version": 3}))
+    with pytest.raises(DatasetError, match="is damaged"):
+        read_dataset(tmp_path, check=False)
+    del content["sha256"]
+    (tmp_path / "dataset.json").write_text(json.dumps(content | {"version": 3}))
+    assert read_dataset(tmp_path, check=False) == replace(made, root=tmp_path)
+
+
+NO_NUMBERS = (10**30, -1, 0, 1.5, True, "4", None, [])
+ABSURD = {
+    "samples": NO_NUMBERS,
+    "name": (3, None, "a\0b"),
+    "classes": ([], "ab", [1, 2], {}),
+    "extensions": ([], "jpg", [1]),
+    "options": ([], {"max_pixels": 10**30}, {"max_pixels": -1}, {"max_pixels": True}),
+    "raw": ([], [16], [10**30, 1], [0, 4], [1.5, 2], 16, "16", [-4, -4]),
+    "tars_at": (3, None, "\0"),
+    "counts": ([], {"left_out": {"empty": -1}}, {"kept": [1]}, {"per_class": [10**30]}, {"quarantined": [3]}),
+    "shards": ([], {}, None),
+    "shards[0].samples": NO_NUMBERS,
+    "shards[0].bytes": NO_NUMBERS,
+    "shards[0].quarantined": (10**30, -1, 1.5, True, "4", None),
+    "shards[0].sha256": (3, "ab", None),
+    "shards[0].index_sha256": (3, "", None),
+    "shards[0].file": (3, None, "", "train-000001.tar"),
+}
+
+
+@pytest.mark.parametrize("field", ABSURD)
+def test_a_field_of_another_type_or_range_is_refused_by_its_name(tmp_path: Path, made: Dataset, field: str) -> None:
+    """At once, whatever a hash says; 10**30 samples would never end."""
+    for value in ABSURD[field]:
+        content = json.loads((made.root / "dataset.json").read_text())
+        of_shard = field.startswith("shards[0].")
+        (content["shards"][0] if of_shard else content)[field.removeprefix("shards[0].")] = value
+        (tmp_path / "dataset.json").write_text(json.dumps(content))
+        with pytest.raises(DatasetError, match="dataset.json is damaged") as caught:
+            read_dataset(tmp_path, check=False)
+        named = str(caught.value).partition("ValueError: ")[2].partition(": ")[0]
+        assert named.startswith("shards[1].file" if value == "train-000001.tar" else field), (value, str(caught.value))
+
+
+def test_samples_that_disagree_with_the_indexes_are_refused(tmp_path: Path, made: Dataset) -> None:
+    """Even where the manifest agrees with itself."""
+    shutil.copytree(made.root, tmp_path / "set")
+    shards = (replace(made.shards[0], samples=made.shards[0].samples - 1), *made.shards[1:])
+    bent = replace(made, samples=made.samples - 1, shards=shards)
+    (tmp_path / "set/dataset.json").write_text(manifest(bent))
+    count = made.shards[0].samples
+    with pytest.raises(DatasetError, match=rf"train-000000.tar.idx starts with b'v1.2 {count}'"):
+        read_dataset(tmp_path / "set")
 
 
 def test_one_message_counts_the_other_faulty_shards(tmp_path: Path) -> None:
@@ -656,7 +735,7 @@ def test_a_shard_file_cannot_lie_outside_its_folder(tmp_path: Path) -> None:
     for suffix in ("", ".idx"):
         (root / f"train-000000.tar{suffix}").rename(tmp_path / f"outside.tar{suffix}")
     edit("dataset.json", lambda text: text.replace(b"train-000000.tar", b"../outside.tar"))(root)
-    with pytest.raises(DatasetError, match="has been changed"):
+    with pytest.raises(DatasetError, match=r"shards\[0\].file: expected a tar in the folder"):
         read_dataset(root)
 
 
