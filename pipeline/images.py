@@ -112,7 +112,7 @@ Item = TypeVar("Item")
 Content = TypeVar("Content")
 Images = dict[int, bytes]  # encoded, by any numbers
 AT_ONCE = 16  # images in memory together, for a decoder that takes several at the price of one
-NOT_DALI = "not decoded by DALI"  # the reason of an image that Pillow takes, and that would end a training
+NOT_DALI = "not decoded by DALI"  # the reason of an image that Pillow takes, and with which a training would end
 
 
 def prepare_all(

@@ -12,14 +12,16 @@
                                                                be s3://BUCKET/PREFIX or gs://BUCKET/PREFIX
     python tools/make_shards.py quarantine DIR KEY...          leave samples out without rewriting a tar
 
-Every image is decoded once. 8-bit RGB or gray JPEG, PNG and WebP keep their bytes; other kinds (CMYK, 16-bit, alpha,
-palette, GIF, BMP, TIFF, AVIF and what else Pillow decodes) are converted, what does not decode is left out; --on-bad
-decides otherwise. Every entry of the source is counted at the end as kept, converted, left out or passed over, with
-the reasons, and OUT/actions.jsonl has their names. Names follow the same rules everywhere: case does not matter, what
-starts with a dot is hidden and passed over, an image is known by its suffix, but what a list names is always tried.
-OUT appears when it is complete, and is never overwritten; where a run was interrupted, the same
-command goes on. Exit code 2: the input cannot be used; 1: failed, or faults were found.
-50,000 CIFAR-10 JPEGs take 13 to 22 s, 1,000 of ImageNet 7 s, 4 of it start-up (4 busy cores, Pillow 13).
+Every image is decoded, by Pillow and by DALI. 8-bit RGB or gray JPEG, PNG and WebP keep their bytes; other kinds
+(CMYK, 16-bit, alpha, palette, GIF, BMP, TIFF, AVIF and what else Pillow decodes) are converted, and so is what DALI,
+the decoder of training, refuses though Pillow takes it; what does not decode is left out; --on-bad decides otherwise.
+Every entry of the source is counted at the end as kept, converted, left out or passed over, with the reasons, and
+OUT/actions.jsonl has their names. Names follow the same rules everywhere: case does not matter, what starts with a
+dot is hidden and passed over, an image is known by its suffix, but what a list names is always tried. OUT appears
+when it is complete, and is never overwritten; where a run was interrupted, the same command goes on. Exit code 2: the
+input cannot be used; 1: failed, or faults were found.
+50,000 CIFAR-10 JPEGs take 13 to 22 s, 1,000 of ImageNet 7 s, 4 of it start-up (4 busy cores, Pillow 13),
+before DALI was asked: that takes 1.1 s more to start, 0.1 ms of a core for an image of 32 px and 1 ms for one of 30 KB.
 """
 
 import contextlib
@@ -46,7 +48,7 @@ ShardSize = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the shuffle.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes. (default: one per core)")]
-Verify = Annotated[bool, typer.Option(help="Decode every image once; without, only headers are read.")]
+Verify = Annotated[bool, typer.Option(help="Decode every image, by Pillow and DALI; without, only headers are read.")]
 OnBad = Annotated[
     Literal["fail", "skip", "reencode"],
     typer.Option(help="Images not stored as they are: end, leave them out, or convert those that decode."),
@@ -281,7 +283,8 @@ def index(
     classes: ClassList = None,
     image_member: ImageMember = None,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Read everything: hash each tar, leave out what does not decode.")
+        bool,
+        typer.Option("--verify", help="Read everything: hash each tar, leave out what does not decode."),
     ] = False,
     workers: Workers = None,
 ) -> None:
@@ -334,7 +337,7 @@ def demo(
 @app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of shards, or its s3:// or gs:// address.")],
-    images: Annotated[bool, typer.Option("--images", help="Decode every image too.")] = False,
+    images: Annotated[bool, typer.Option("--images", help="Decode every image too, by Pillow and by DALI.")] = False,
     workers: Workers = None,
     report: Annotated[Path | None, typer.Option(help="New file for the faults, JSON lines; for quarantine.")] = None,
 ) -> None:
