@@ -36,6 +36,7 @@ from tools.options import check_ranges, option, options_of
 from tools.ranks import RANKS_WAIT, naming_lost_ranks
 from tools.signals import Stop
 
+KNN_K = 200  # neighbours that vote, where the bank has so many
 KNN_BANK = 100_000  # samples that vote in the kNN of a running training, from all over the data set
 EVAL_BATCH = 512
 WINDOW = 16  # shards that are mixed together where they have to be fetched; they are shuffled when written
@@ -229,6 +230,7 @@ if __name__ == "__main__":
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
@@ -248,16 +250,18 @@ from model.lars import param_groups
 from model.monitor import OnlineProbe
 from model.nt_xent import nt_xent
 from model.nt_xent import resolve as choose_loss
-from model.probe import features, knn
+from model.probe import features, knn, neighbours
 from model.report import Report
 from model.schedule import learning_rate, scaled_lr, warmup_steps
 from model.simclr import ProjectionHead, SimCLR
+from model.sizes import check_contrast, check_statistics
 from model.step import Training, build_optimizer
 from pipeline.cache import cache_for
 from pipeline.demo import write_demo
+from pipeline.labels import check_alike
 from pipeline.loader import Loader, LoaderError, build_eval_loader
 from pipeline.order import divide
-from pipeline.shards import LABEL_BOTH, Dataset, label_difference, read_dataset
+from pipeline.shards import Dataset, read_dataset
 from pipeline.store import PATIENCE_S, is_remote
 from pipeline.workers import local_world_size, share_of_cores
 
@@ -298,6 +302,7 @@ def train(
     check_folder(out, resume)
     accelerator = build_accelerator(config)
     device, world_size = accelerator.device, accelerator.num_processes
+    check_config(config, world_size)
     with open_run(out, recipe, resume, accelerator) as (log, saved):
         # The data, and what the configuration left open
         config = with_demo_data(config, recipe, log.out, accelerator)
@@ -309,6 +314,7 @@ def train(
         # Network, optimizer, loss, loader, schedule
         training = build_training(config, accelerator)
         config = replace(config, micro_batch=training.plan.micro_batch)
+        check_config(config, world_size)
         loader = build_loader(
             config, dataset, device, rank=accelerator.process_index, world_size=world_size, half=training.half
         )
@@ -323,7 +329,9 @@ def train(
             accelerator.init_trackers("swiftclr", config={k: str(v) for k, v in asdict(config).items()})
         if saved and log.main:
             log.notes += checkpoint.set_aside_newer(saved)
-        log.start({"command": shlex.join(["train.py", *sys.argv[1:]]), **asdict(config)}, step)
+        k = neighbours(KNN_K, bank := min(KNN_BANK, dataset.samples))
+        votes = {"knn_k": k} if queries else {}
+        log.start({"command": shlex.join(["train.py", *sys.argv[1:]]), **asdict(config), **votes}, step)
         accelerator.print(
             f"swiftclr {recipe}: {log.out}, step {step} of {total_steps}\n"
             f"  processes  {describe_processes(config, accelerator)}\n"
@@ -332,6 +340,7 @@ def train(
             f"per epoch, learning rate to {training.peak_lr:.4g} in {warmup} steps\n"
             f"  loss       {training.loss}\n"
             f"  probe      {describe_probe(config, dataset, saved)}\n"
+            f"  kNN        {f'the {k} nearest of {bank} images vote' if queries else 'off'}\n"
             f"  settings   {settings(config, origin or {})}"
             + "".join(f"\n  note       {note}" for note in [*log.notes, *changed_sums(saved, config, world_size)])
         )
@@ -404,6 +413,17 @@ def check_folder(out: Path | None, resume: bool) -> None:
         raise RunError(f"{out} is a file; give a folder with --out")
     elif out.exists() and not resume and not is_empty(out):
         raise RunError(f"{out} is not empty; go on with --resume, or give a new folder with --out")
+
+
+def check_config(config: TrainConfig, world_size: int = 1) -> None:
+    """Raises ValueError for what would be done in name only: sizes that are void, a tracker that is not installed."""
+    check_contrast(config.batch_size, None if config.head == "none" else config.projection_dim)
+    images = config.micro_batch or config.batch_size // world_size
+    change = f"--micro-batch, or --batch-size for each of {world_size} processes"
+    check_statistics(images * world_size if config.sync_bn else images, change)
+    if config.track and config.track not in (there := list(map(str, get_available_trackers()))):
+        # Accelerate would leave it out without a word
+        raise RunError(f"--track {config.track} is not installed: pip install {config.track}. Installed: {there}")
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
@@ -488,8 +508,8 @@ def open_data(config: TrainConfig) -> tuple[Dataset, Dataset | None]:
     """The images to train on, and those to query kNN with. RunError where they do not go together."""
     dataset = read_dataset(config.data)
     queries = read_dataset(config.eval_data) if config.eval_data else None
-    if queries and (difference := label_difference(dataset, queries)):
-        raise RunError(f"kNN needs labels, of the same classes on both sides, but {difference}; {LABEL_BOTH}")
+    if queries:
+        check_alike(dataset, queries)
     if config.knn_every and not queries:
         raise RunError("--knn-every needs --eval-data, labelled shards to query with")
     return dataset, queries
@@ -739,7 +759,7 @@ def share_damaged(loader: Loader, log: Log, most: int) -> None:
 def knn_accuracy(
     config: TrainConfig, encoder: Encoder, bank: Dataset, queries: Dataset, accelerator: Accelerator, stop: Stop
 ) -> float | None:
-    """Weighted kNN top-1 (k = 200, temperature 0.1) of `queries`; every process encodes a part, all get the result.
+    """Weighted kNN top-1 (KNN_K, temperature 0.1) of `queries`; every process encodes a part, all get the result.
 
     None on all of them if one was asked to stop meanwhile.
     """
@@ -769,7 +789,7 @@ def knn_accuracy(
         parts += [gathered(accelerator, rows) for rows in encoded]
     num_classes = len(bank.classes or ())
     with torch.no_grad():
-        return together(lambda _: knn(*parts, num_classes=num_classes, device=device))
+        return together(lambda _: knn(*parts, k=KNN_K, num_classes=num_classes, device=device))
 
 
 def gathered(accelerator: Accelerator, rows: Tensor) -> Tensor:

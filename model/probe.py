@@ -5,6 +5,7 @@ kNN: Wu et al. 2018, arXiv:1805.01978, section 3.4. Classifiers: Chen et al. 202
 """
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -48,11 +49,18 @@ def features(
 def correct(scores: Tensor, labels: Tensor, ks: Sequence[int] = (1, 5)) -> Tensor:
     """How many rows of scores (m, C) have their label (m,) among the k best classes: (len(ks),) int64.
 
-    A class whose score is -inf is not among them. With C < k every class that has a score is.
+    A class whose score is -inf is not among them. With C < k every class that has a score is. Raises ValueError for a
+    label that is none of the C classes: it would count as a miss of the encoder's.
     """
+    _check_labels(scores.shape[1], labels)
     best = scores.topk(min(max(ks), scores.shape[1]))
     hit = (best.indices == labels[:, None]) & (best.values > -torch.inf)
     return torch.stack([hit[:, :k].sum() for k in ks])
+
+
+def neighbours(k: int, bank: int) -> int:
+    """How many of a bank's rows vote where k are asked for: a smaller bank votes as a whole, and is recorded so."""
+    return min(k, bank)
 
 
 @torch.no_grad()
@@ -70,16 +78,17 @@ def knn_votes(
 
     bank_features, query_features  (M, F) and (Q, F), any float type; normalised here, compared by cosine.
     bank_labels                    (M,), in 0 … num_classes - 1; anything else is a ValueError.
-    k                              ≥ 1; a bank smaller than k votes as a whole.
+    k                              1 … M; of `neighbours`, where a bank may be smaller than what is asked for.
     temperature                    > 0; a neighbour's vote weighs exp(cosine / temperature), up to a factor per query.
     device                         where to compute; memory is the normalised bank and 256 MiB of similarities.
     A class without a vote gets -inf.
     """
     _check_labels(num_classes, bank_labels)
-    if k < 1 or temperature <= 0:
-        raise ValueError(f"k must be at least 1 and temperature positive, got {k} and {temperature}")
+    if not 1 <= k <= len(bank_features):
+        raise ValueError(f"k must be at least 1 and at most the {len(bank_features)} rows of the bank, got {k}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
     bank, labels = normalize(bank_features.to(device, torch.float32), dim=1), bank_labels.to(device)
-    k = min(k, len(bank))
     found = []
     for queries in query_features.split(max(1, CHUNK_ELEMENTS // len(bank))):
         similarity, nearest = (normalize(queries.to(device, torch.float32), dim=1) @ bank.T).topk(k)
@@ -101,13 +110,13 @@ def knn(
     num_classes: int,
     device: torch.device | str = "cpu",
 ) -> float:
-    """Top-1 accuracy, 0 … 1, of `knn_votes`; query_labels (Q,) in 0 … num_classes - 1."""
+    """Top-1 accuracy, 0 … 1, of `knn_votes` by `neighbours(k, M)`; query_labels (Q,) in 0 … num_classes - 1."""
     _check_labels(num_classes, query_labels)
     votes = knn_votes(
         bank_features,
         bank_labels,
         query_features,
-        k=k,
+        k=neighbours(k, len(bank_features)),
         temperature=temperature,
         num_classes=num_classes,
         device=device,

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.reader import DamagedError, Reader
 from pipeline.shards import Dataset, DatasetError, index_text, members
 
 Positions = NDArray[np.int64]  # places of samples in the order of the shards, counted from 0
@@ -32,18 +31,6 @@ class Subset(Dataset):
 def keys(dataset: Dataset) -> list[str]:
     """The key of every sample, in the order of the shards."""
     return [members(line)[0].key for lines in _index_lines(dataset) for line in lines]
-
-
-def labels(dataset: Dataset) -> Positions:
-    """The label (N,) of every sample, in the order of the shards: read from the tars, no image is decoded.
-
-    Raises DatasetError where there are none, or one is not a class.
-    """
-    reader = Reader(dataset)
-    try:
-        return reader.labels(np.arange(dataset.samples))
-    except DamagedError as error:
-        raise DatasetError(reader.describe(*next(iter(error.faults.items())))) from error
 
 
 def stratified(labels: Positions, share: float, seed: int) -> Positions:

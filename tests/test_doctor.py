@@ -27,6 +27,7 @@ from pipeline.demo import CLASSES, splits
 from pipeline.shards import Sample, read_dataset
 from pipeline.write import write_shards
 from tools import doctor
+from tools.runs import config_of
 from train import RECIPES
 
 TRAIN, TEST, BATCH = 70, 20, 16
@@ -36,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CUDA = torch.cuda.is_available()
 MACHINE = ["packages", "CUDA", "devices", "shared memory", "cores", "decoder"]
 DATA = ["shards", "evaluation shards", "labels", "first batch"]
-RUN = ["steps", "memory", "checkpoints", "speed"]
+RUN = ["steps", "options", "memory", "checkpoints", "speed"]
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +142,7 @@ def test_a_person_reads_a_line_for_each_check_and_what_to_change(made: Path) -> 
     assert [line.split()[0] for line in lines if not line.startswith(" ")] == ["ok"] * 8 + ["fault", "ok", "ok", "1"]
     at = next(i for i, line in enumerate(lines) if line.startswith("fault"))
     assert "labels" in lines[at]
-    assert any("->" in line for line in lines[at:])
+    assert "make both from the same class folders" in " ".join(" ".join(lines[at:]).split())
     assert lines[-1] == "1 fault, 0 warnings"
     assert not done.stderr
 
@@ -357,7 +358,7 @@ def test_a_folder_without_shards_is_found(tmp_path: Path) -> None:
     code, found = look(tmp_path / "nowhere", *TINY)
     assert (code, found["shards"].state) == (1, "fault")
     assert "it does not exist" in found["shards"].found
-    assert list(found) == [*MACHINE, "shards", "memory", "checkpoints"]
+    assert list(found) == [*MACHINE, "shards", "options", "memory", "checkpoints"]
 
 
 @pytest.mark.parametrize(
@@ -374,7 +375,7 @@ def test_labels_fit_each_other(train: str, test: str, state: str, named: str, ma
     finding = doctor.labels(read_dataset(made / train), read_dataset(made / test))
     assert finding.state == state
     assert named in finding.found
-    assert bool(finding.change) == (state != "ok")
+    assert bool(finding.change) == (state == "warning")  # a fault's own words say what to change
 
 
 def test_classes_without_images_are_found(made: Path, tmp_path: Path) -> None:
@@ -439,11 +440,19 @@ def test_a_full_disk_and_a_batch_beyond_memory_are_found(tmp_path: Path, monkeyp
     assert re.fullmatch(r"--micro-batch [1248]", found["memory"].change)
 
 
+def test_options_that_would_be_followed_in_name_only_are_a_fault() -> None:
+    for change, words in (({"batch_size": 1}, "no negatives"), ({"track": "wandb"}, "pip install wandb")):
+        finding = doctor.told(doctor.options, replace(RECIPES["demo"], **change), 1)
+        assert (finding.state, words in finding.found) == ("fault", True)
+    assert "1 image at a time" in doctor.told(doctor.options, replace(RECIPES["demo"], batch_size=4), 4).found
+    assert doctor.options(RECIPES["demo"], 1).state == "ok"
+
+
 def test_a_step_that_cannot_be_made_is_a_fault() -> None:
     """In train.py's own words."""
     found = look(*TINY, "--sync-bn")[1]
     assert (found["step"].state, "--sync-bn needs GPUs" in found["step"].found) == ("fault", True)
-    assert list(found) == [*MACHINE, "step"]
+    assert list(found) == [*MACHINE, "options", "step"]
 
 
 def test_a_run_folder_that_cannot_be_made_is_found(tmp_path: Path) -> None:
@@ -527,7 +536,8 @@ def test_every_option_of_a_training_may_follow(tmp_path: Path) -> None:
     options = ["--batch-size", "64", "--view", "flip_p=0.0", "--config", str(tmp_path / "run.toml")]
     recipe = RECIPES["cifar10"]
     expected = replace(recipe, views=replace(recipe.views, size=48, flip_p=0.0), depth=34, batch_size=64)
-    assert doctor._config("cifar10", "a", "b", options) == replace(expected, data="a", eval_data="b")
+    words = ["cifar10", "--data", "a", "--eval-data", "b", *options]
+    assert config_of(words) == replace(expected, data="a", eval_data="b")
 
 
 def test_shards_are_looked_at_wherever_they_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

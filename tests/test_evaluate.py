@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import socket
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,9 @@ from model.encoder import build_encoder
 from model.probe import train_classifier, zero_linear
 from model.simclr import ProjectionHead, SimCLR
 from pipeline.demo import CLASSES, draw_image
+from pipeline.labels import check_alike
 from pipeline.loader import build_eval_loader
-from pipeline.shards import Sample, read_dataset
+from pipeline.shards import DatasetError, Sample, read_dataset
 from pipeline.subset import keys
 from pipeline.views import make_views
 from pipeline.write import write_shards
@@ -318,11 +320,14 @@ def test_bad_input_is_said_in_one_line(planted, data, tmp_path):
         (("knn", planted, tmp_path / "none", test), "is no data set: it does not exist"),
         (("knn", planted, tmp_path / "plain", test), "must be labelled with the same classes"),
         (("knn", planted, train, tmp_path / "others"), "must be labelled with the same classes"),
-        (("knn", planted, train, test, "--temperature", 0), "temperature positive"),
+        (("knn", planted, train, test, "--temperature", 0), "--temperature: expected a finite number above 0, got 0"),
         (("knn", planted, train, test, "--view", "size=nine"), "size"),
         (("logistic", planted, train, test, "--validation", 1), "leaves no sample"),
         (("linear", planted, train, test, "--train-batch", 500), "fewer than one batch of 500"),
-        (("finetune", planted, train, test, "--percent", 0), "above 0 and up to 1"),
+        (
+            ("finetune", planted, train, test, "--percent", 0),
+            "--percent: expected a finite number above 0 and at",
+        ),
         (("finetune", planted, train, test, "--label-list", tmp_path / "nolist"), "nolist cannot be read"),
         (("finetune", planted, train, test, "--label-list", tmp_path / "list.txt"), "1 of 2 names are not in"),
         (("finetune", alone, train, test, "--head-layers", 1), "the projection head of"),
@@ -335,6 +340,61 @@ def test_bad_input_is_said_in_one_line(planted, data, tmp_path):
     for out, message in [("features.csv", "ends in .npz or .safetensors"), ("none/features.npz", "does not exist")]:
         code, said = run("embed", planted, test, tmp_path / out)
         assert (code, message in said) == (2, True), said
+
+
+def test_labels_beyond_the_classes_are_refused_before_any_work(planted, data, tmp_path):
+    """By shard and key, in the same words by all that learn on one set and score on another."""
+    shutil.copytree(data / "test", tmp_path / "test")
+    (tar, *_) = sorted((tmp_path / "test").glob("*.tar"))
+    with tarfile.open(tar) as file:
+        member = next(member for member in file if member.name.endswith(".cls"))
+    content = bytearray(tar.read_bytes())
+    content[member.offset_data : member.offset_data + 1] = b"9"
+    tar.write_bytes(content)
+    named = f"{tar.name}:{member.name.removesuffix('.cls')} has the label b'9', expected a number from 0 to {KINDS - 1}"
+    for protocol in ("knn", "logistic", "linear", "finetune"):
+        code, said = run(protocol, planted, data / "train", tmp_path / "test", "--results", tmp_path / "results.jsonl")
+        assert (code, named in said) == (2, True), said
+    with pytest.raises(DatasetError, match="has the label b'9'"):  # so do training, doctor and ablate
+        check_alike(read_dataset(data / "train"), read_dataset(tmp_path / "test"))
+    assert not (tmp_path / "results.jsonl").exists()
+
+
+def test_a_bank_smaller_than_k_votes_as_a_whole_and_says_so(planted, data, tmp_path):
+    train, test = sets(data)
+    bank = read_dataset(train).samples
+    words = ("--k", 10 * bank, "--k", bank, "--k", 3, "--results", tmp_path / "results.jsonl")
+    code, said = run("knn", planted, train, test, *words)
+    row = json.loads((tmp_path / "results.jsonl").read_text())
+    assert (code, list(row["scores"])) == (0, [f"k={bank}", "k=3"])
+    assert (f"k={bank}" in said, f"k={10 * bank}" in said) == (True, False)
+
+
+def test_numbers_that_mean_nothing_are_refused_by_their_options(planted, data, tmp_path):
+    train, test = sets(data)
+    for words, message in [
+        (("knn", "--temperature", "nan"), "--temperature: expected a finite number above 0, got nan"),
+        (("linear", "--base-lr", 0), "--base-lr: expected"),
+        (("linear", "--cached", "--train-batch", 5000), "fewer than one batch of 5000"),
+        (("logistic", "--l2", "inf"), "--l2: expected finite numbers"),
+        (("logistic", "--validation", "nan"), "--validation: expected"),
+        (("finetune", "--percent", "nan"), "--percent: expected"),
+        (("finetune", "--base-lr", -1), "--base-lr: expected"),
+        (
+            ("finetune", "--train-batch", 1),
+            "BatchNorm takes its statistics from 1 image at a time, expected at least 2",
+        ),
+    ]:
+        code, said = run(words[0], planted, train, test, *words[1:], "--results", tmp_path / "results.jsonl")
+        assert (code, message in said) == (2, True), said
+
+
+def test_fine_tuning_on_ten_images_takes_two_at_a_time(planted, data, tmp_path):
+    names = [key.partition("-")[2] for key in keys(read_dataset(data / "train"))[:10]]
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    words = ("--label-list", tmp_path / "list.txt", "--epochs", 1)
+    row = evaluate("finetune", planted, *sets(data), *words, into=tmp_path / "results.jsonl")
+    assert (row["options"]["labels"], row["options"]["batch_size"]) == (10, 2)
 
 
 def test_a_diverging_classifier_is_a_failure_in_one_line(planted, data, tmp_path):
@@ -350,7 +410,7 @@ def test_a_diverging_classifier_is_a_failure_in_one_line(planted, data, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("samples", "batch"), [(1_281_167, 4096), (50_000, 4096), (12_811, 1024), (500, 32), (64, 8), (9, 1), (1, 1)]
+    ("samples", "batch"), [(1_281_167, 4096), (50_000, 4096), (12_811, 1024), (500, 32), (64, 8), (16, 2)]
 )
 def test_the_usual_batch(samples, batch):
     """4096 as in the paper, at least eight steps to an epoch of a small set; 1024 for 1 % of ImageNet, as SimCLRv2."""

@@ -26,10 +26,11 @@ import tools.make_shards
 from model.checkpoint import export_encoder
 from model.encoder import build_encoder
 from pipeline.audit import verify
+from pipeline.labels import labels
 from pipeline.loader import Loader, LoaderError, build_eval_loader
 from pipeline.shards import Dataset, DatasetError, Sample, read_dataset
 from pipeline.store import address, fetch, opened, read_ranges
-from pipeline.subset import keys, labels, named, stratified, subset
+from pipeline.subset import keys, named, stratified, subset
 from pipeline.write import write_shards
 from tests import test_ugly
 from tests.slow_store import slow_store

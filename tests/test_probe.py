@@ -230,5 +230,13 @@ def test_bad_input_is_refused():
         knn(*bank, bank[0][:0], bank[1][:0], num_classes=5)
     with pytest.raises(ValueError, match="k must be at least 1"):
         knn(*bank, *bank, k=0, num_classes=5)
+    with pytest.raises(ValueError, match="at most the 20 rows of the bank, got 21"):
+        knn_votes(*bank, bank[0], k=21, num_classes=5)
+    for temperature in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="temperature must be positive and finite"):
+            knn(*bank, *bank, temperature=temperature, num_classes=5)
+    for label in (-1, 3):  # a miss of the encoder's, it would seem
+        with pytest.raises(ValueError, match="expected 0 to 2"):
+            correct(torch.zeros(2, 3), torch.tensor([0, label]))
     with pytest.raises(ValueError, match="no batch"):
         features(nn.Identity(), [], "cpu")

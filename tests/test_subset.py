@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 
 from pipeline.index import index_tars
+from pipeline.labels import labels
 from pipeline.loader import Loader, build_eval_loader
 from pipeline.shards import DatasetError, Sample
-from pipeline.subset import keys, labels, named, stratified, subset
+from pipeline.subset import keys, named, stratified, subset
 from pipeline.views import make_views
 from pipeline.write import write_shards
 from tests.test_sources import make_tar

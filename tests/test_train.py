@@ -225,7 +225,9 @@ def test_a_run_leaves_its_folder_complete(shards: Path, tmp_path: Path) -> None:
     assert [row["step"] for row in rows(out) if "knn" in row] == [0, 9]
     assert [row["step"] for row in rows(out, "speed.jsonl")] == [4, 8, 9]
     assert json.loads((out / "status.json").read_text())["state"] == "done"
-    assert json.loads((out / "config.json").read_text())["batch_size"] == BATCH
+    config, bank = json.loads((out / "config.json").read_text()), read_dataset(shards).samples
+    assert (config["batch_size"], config["knn_k"]) == (BATCH, bank)  # fewer than the usual 200 are there to vote
+    assert f"kNN        the {bank} nearest of {bank} images vote" in done.output
     assert Image.open(out / "views.png").width > 4 * 16
     newest = latest(out / "checkpoints")
     assert newest is not None
@@ -1111,7 +1113,35 @@ def test_missing_data_and_missing_labels_are_refused(shards: Path, tmp_path: Pat
     flat = tmp_path / "flat"
     write_shards([Sample(f"{i}.png", None, png(i)) for i in range(20)], flat, classes=None)
     done = run("--data", str(flat), "--eval-data", str(shards), "--out", str(tmp_path / "run"))
-    assert (done.exit_code, "kNN needs labels" in done.output) == (2, True)
+    assert (done.exit_code, "must be labelled with the same classes" in done.output) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (("--batch-size", "1"), "NT-Xent has no negatives in a batch of 1 image, expected at least 2"),
+        (("--micro-batch", "1"), "BatchNorm takes its statistics from 1 image at a time, expected at least 2"),
+        (("--projection-dim", "1"), "z of 1 column is 1 or -1 once it has unit length, expected at least 2"),
+        (("--track", "wandb"), "--track wandb is not installed: pip install wandb"),
+        (("--track", "paper"), "aim"),
+    ],
+)
+def test_what_would_be_done_in_name_only_is_refused(
+    shards: Path, tmp_path: Path, words: tuple[str, ...], complaint: str
+) -> None:
+    """Training at loss 0 to the end, or without the tracker that was asked for."""
+    done = run("--data", str(shards), "--out", str(tmp_path / "run"), "--steps", "1", *words)
+    assert (done.exit_code, complaint in done.output) == (2, True), done.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_statistics_count_images_of_a_process_or_of_all_that_share_them() -> None:
+    config = replace(train.RECIPES["cifar10"], batch_size=4)
+    train.check_config(config, world_size=2)
+    with pytest.raises(ValueError, match="1 image at a time"):
+        train.check_config(config, world_size=4)
+    train.check_config(replace(config, sync_bn=True), world_size=4)
+    train.check_config(replace(config, head="none", projection_dim=1))  # there is no layer of that width
 
 
 def test_a_run_is_never_overwritten_nor_resumed_with_other_settings(shards: Path, tmp_path: Path) -> None:

@@ -7,8 +7,9 @@
 
 Every cell is a run of train.py for each seed, in a process of its own: one that fails costs its cell alone. Options
 that are not named here go to train.py, for all cells. TRAIN and TEST are labelled shards of the same classes; the
-frozen features h of the finished encoder are scored by `tools/evaluate.py knn` (k = 200) and `logistic`, as are those
-of freshly drawn weights. The same command goes on where it was stopped; axes and seeds may have grown.
+frozen features h of the finished encoder are scored by `tools/evaluate.py knn` (k = 200, or all of a smaller TRAIN)
+and `logistic`, as are those of freshly drawn weights. The same command goes on where it was stopped; axes and seeds
+may have grown.
 
     DIR/grid.json       what makes the cells comparable: grid, settings, data; another command is refused by it
     DIR/results.csv     one row per finished cell and seed
@@ -146,6 +147,7 @@ def ablate(
                 )
             check_options(options or [], axes)
             settings = [recipe, *views("--view", GRIDS[name].base), *(options or [])]
+            check_cells(settings, grid)
             with study(name, settings, data, eval_data, out) as on:
                 failed = on.run(grid, seeds)
                 rows = on.results()
@@ -189,6 +191,18 @@ def check_options(options: Sequence[str], axes: Mapping[str, tuple[str, ...]]) -
         if name in decided:
             instead = f"give its values with --axis {name}=V,V,..." if name in axes else "leave it out"
             raise ValueError(f"{option}: the grid decides {name}; {instead}")
+
+
+def check_cells(settings: Sequence[str], grid: Mapping[str, Sequence[str]]) -> None:
+    """Raises ValueError for the first cell whose options train.py would refuse: before another takes hours."""
+    from tools.runs import config_of
+    from train import check_config
+
+    for cell, changes in grid.items():
+        try:
+            check_config(config_of([*settings, *changes]))
+        except ValueError as error:
+            raise ValueError(f"{cell}: {error}") from error
 
 
 def cells(axes: Mapping[str, tuple[str, ...]]) -> dict[str, list[str]]:
@@ -373,12 +387,12 @@ class Study:
 def study(name: str, settings: list[str], data: Path, eval_data: Path, out: Path) -> Iterator[Study]:
     """Claims the folder for this process and for this grid alone. Raises ValueError for what the caller can mend."""
     from model.run_folder import claim, is_empty
-    from pipeline.shards import LABEL_BOTH, label_difference, read_dataset
+    from pipeline.labels import check_alike
+    from pipeline.shards import read_dataset
     from tools.files import read_bytes, write_text
 
     train, test = read_dataset(data), read_dataset(eval_data)
-    if difference := label_difference(train, test):
-        raise ValueError(f"both sets must be labelled with the same classes, but {difference}; {LABEL_BOTH}")
+    check_alike(train, test)
     this = {"grid": name, "settings": shlex.join(settings), "data": train.fingerprint, "eval_data": test.fingerprint}
     told = out / "grid.json"
     if out.exists() and not (out.is_dir() and (told.exists() or is_empty(out))):

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, ParamSpec, TypeVar
 
 import typer
 
@@ -316,15 +316,15 @@ def shards(dataset: "Dataset") -> Finding:
 
 def labels(dataset: "Dataset", queries: "Dataset | None") -> Finding:
     """Evaluation needs labels, the same classes on both sides, and other images than those trained on."""
-    from pipeline.shards import LABEL_BOTH, label_difference
+    from pipeline.labels import check_alike
 
-    if not queries:
-        if dataset.classes is None:
-            return ok("no labels; training needs none")
-    elif difference := label_difference(dataset, queries):
-        return fault(f"{difference}, and kNN needs the same on both sides", f"{LABEL_BOTH}, or leave --eval-data out")
-    elif dataset.fingerprint == queries.fingerprint:
-        return warning("trained and evaluated on the same images", "give --eval-data shards of other images")
+    if queries:
+        if finding := told(check_alike, dataset, queries):
+            return finding
+        if dataset.fingerprint == queries.fingerprint:
+            return warning("trained and evaluated on the same images", "give --eval-data shards of other images")
+    elif dataset.classes is None:
+        return ok("no labels; training needs none")
     assert dataset.classes is not None
     counts = dataset.counts.get("per_class") or ()
     if empty := [name for name, count in zip(dataset.classes, counts, strict=False) if not count]:
@@ -389,6 +389,14 @@ def available_memory() -> int:
 
 
 # ---- the run -------------------------------------------------------------------------------------------------------
+
+
+def options(config: "TrainConfig", processes: int) -> Finding:
+    """Nothing is asked for that would be done in name only."""
+    from train import check_config
+
+    check_config(config, processes)
+    return ok("every size has a meaning" + (f"; {config.track} is installed" if config.track else ""))
 
 
 def steps(dataset: "Dataset", config: "TrainConfig", processes: int) -> Finding:
@@ -663,6 +671,7 @@ def examine(
 
     images_per_s = 0.0
     if config:
+        yield "options", told(options, config, processes)
         share = max(1, share_of_cores() // processes)
         if not gpus:
             torch.set_num_threads(config.cpu_threads or share)
@@ -718,6 +727,7 @@ def doctor(
 ) -> None:
     """Check the machine, the data and a run before it starts. Exit code 1 where there is a fault."""
     from tools.errors import one_message
+    from tools.runs import config_of
 
     with one_message("doctor"):
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -727,7 +737,8 @@ def doctor(
             data, options = "", [data, *options]
         if options and not recipe:
             raise ValueError(f"{' '.join(options)}: options of train.py need --recipe")
-        config = _config(recipe, data, eval_data, options) if recipe else None
+        words = [recipe, *(["--data", data] if data else []), *(["--eval-data", eval_data] if eval_data else [])]
+        config = config_of([*words, *options]) if recipe else None
         if config:
             data, eval_data = config.data, config.eval_data
         findings: dict[str, Finding] = {}
@@ -744,17 +755,6 @@ def doctor(
         typer.echo(f"{faults} fault{'s' * (faults != 1)}, {warnings} warning{'s' * (warnings != 1)}")
     if faults:
         raise typer.Exit(1)
-
-
-def _config(recipe: str, data: str, eval_data: str, options: list[str]) -> "TrainConfig":
-    """What train.py would run for these options, by its own parser."""
-    import train
-    from tools.command import resolve
-
-    folders = [each for name, path in (("--data", data), ("--eval-data", eval_data)) if path for each in (name, path)]
-    context: Any = typer.main.get_command(train.app).make_context("train.py", [recipe, *folders, *options])
-    given = {name: value for name, value in context.params.items() if name not in ("out", "resume", "config")}
-    return resolve(train.RECIPES, context, **given)[0]
 
 
 if __name__ == "__main__":

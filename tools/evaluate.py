@@ -166,16 +166,19 @@ def evaluation(protocol: Callable[..., None]) -> Callable[..., None]:
 @evaluation
 def knn(
     on: "Session",
-    k: Annotated[list[int] | None, typer.Option(min=1, help="Neighbours that vote. (default: 200 and 20)")] = None,
+    k: Annotated[
+        list[int] | None, typer.Option(min=1, help="Neighbours that vote, at most all of TRAIN. (default: 200 and 20)")
+    ] = None,
     temperature: Annotated[float, typer.Option(help="A vote weighs exp(cosine / temperature).")] = 0.1,
 ) -> None:
     """Weighted k-nearest-neighbour accuracy on frozen features."""
-    from model.probe import knn_votes
+    from model.probe import knn_votes, neighbours
 
+    check_number("--temperature", temperature, above=0)
     (bank, bank_labels), (queries, labels) = map(on.features, on.labelled())
     mine = on.part(len(queries))
     scores = {}
-    for each in k or [200, 20]:
+    for each in dict.fromkeys(neighbours(asked, len(bank)) for asked in k or [200, 20]):
         votes = knn_votes(
             bank,
             bank_labels,
@@ -207,8 +210,14 @@ def linear(
     """Linear classifier on the frozen encoder, as in appendix B.6: random crops and flips, Nesterov SGD, no decay."""
     from model.probe import linear_probe, zero_linear
 
+    check_number("--base-lr", base_lr, above=0)
     chosen, queries = on.labelled()
-    recipe = Recipe(epochs, train_batch or usual_batch(chosen.samples), base_lr, eval_every)
+    recipe = Recipe(epochs, train_batch or usual_batch(chosen.samples, on.world_size), base_lr, eval_every)
+    if cached and chosen.samples < recipe.batch_size:
+        raise ValueError(
+            f"{chosen.address} has {chosen.samples} samples, fewer than one batch of {recipe.batch_size}; lower "
+            "--train-batch"
+        )
     options = asdict(recipe) | {"seed": on.seed, "cached": cached}
     if cached:
         (inputs, targets), (features, labels) = map(on.features, (chosen, queries))
@@ -249,6 +258,9 @@ def logistic(
     from model.probe import correct, logistic_regression
     from pipeline.subset import stratified
 
+    check_number("--validation", validation, above=0, most=1)
+    if not all(map(math.isfinite, l2 or ())):
+        raise ValueError(f"--l2: expected finite numbers, got {l2}")
     (inputs, targets), (features, labels) = map(on.features, on.labelled())
     held = torch.zeros(len(targets), dtype=torch.bool)
     held[torch.from_numpy(stratified(targets.numpy(), validation, on.seed))] = True
@@ -294,9 +306,13 @@ def finetune(
     from torch import nn
 
     from model.probe import zero_linear
-    from pipeline.subset import labels, named, stratified, subset
+    from model.sizes import check_statistics
+    from pipeline.labels import labels
+    from pipeline.subset import named, stratified, subset
     from tools.files import read_text
 
+    check_number("--base-lr", base_lr, above=0)
+    check_number("--percent", percent, above=0, most=100)
     chosen, queries = on.labelled()
     if label_list is not None:
         try:
@@ -308,10 +324,11 @@ def finetune(
         chosen = subset(chosen, stratified(labels(chosen), percent / 100, on.seed))
     recipe = Recipe(
         epochs or (60 if chosen.samples < 0.05 * on.sets[0].samples else 30),
-        train_batch or usual_batch(chosen.samples),
+        train_batch or usual_batch(chosen.samples, on.world_size),
         base_lr,
         eval_every,
     )
+    check_statistics(recipe.batch_size // on.world_size, "--train-batch of at least 2 for each process")
     starts = {"pre-trained" if not on.random_init else "random": (on.network, head_of(on.file, head_layers))}
     if from_scratch:
         starts["from scratch"] = (fresh(on.network, on.seed), [])
@@ -484,11 +501,10 @@ class Session:
 
     def labelled(self) -> "tuple[Dataset, Dataset]":
         """The training and the test set. Raises ValueError if they are not labelled alike."""
-        from pipeline.shards import LABEL_BOTH, label_difference
+        from pipeline.labels import check_alike
 
         train, test = self.sets
-        if difference := label_difference(train, test):
-            raise ValueError(f"both sets must be labelled with the same classes, but {difference}; {LABEL_BOTH}")
+        check_alike(train, test)
         return train, test
 
     def part(self, count: int) -> slice:
@@ -686,9 +702,19 @@ def head_of(weights: Path, layers: int) -> "list[nn.Module]":
     return head[: 3 * layers]
 
 
-def usual_batch(samples: int) -> int:
-    """The paper's batch of 4096, or for a small set the largest power of two that leaves eight steps to an epoch."""
-    return min(4096, 2 ** max(0, (samples // 8).bit_length() - 1))
+def usual_batch(samples: int, world_size: int = 1) -> int:
+    """The paper's batch of 4096, or for a small set the largest power of two that leaves eight steps to an epoch.
+
+    But two images for each process: BatchNorm has no use for one.
+    """
+    return max(2 * world_size, min(4096, 2 ** max(0, (samples // 8).bit_length() - 1)))
+
+
+def check_number(option: str, number: float, *, above: float, most: float = sys.float_info.max) -> None:
+    """Raises ValueError unless above < number <= most; NaN and infinity are none."""
+    if not above < number <= most:
+        until = f" and at most {most:g}" if most < sys.float_info.max else ""
+        raise ValueError(f"{option}: expected a finite number above {above:g}{until}, got {number}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,23 @@
 """What a run says about itself, read back by the tools: how an encoder was trained, where its head lies."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from train import TrainConfig
+
+
+def config_of(words: Sequence[str]) -> "TrainConfig":
+    """What train.py would run for this recipe and these options, by its own parser."""
+    import train
+    from tools.command import resolve
+
+    context: Any = typer.main.get_command(train.app).make_context("train.py", list(words))
+    given = {name: value for name, value in context.params.items() if name not in ("out", "resume", "config")}
+    return resolve(train.RECIPES, context, **given)[0]
 
 
 def training_of(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
