@@ -8,9 +8,11 @@
 
 Every implementation x rows x (forward, forward+backward), all in turn in one run: rows go to records/loss.csv, the plot
 to records/loss-cuda.png or, for four threads, records/loss-cpu-4-threads.png. Peers count where they are installed
-(lightly, pytorch-metric-learning). "limit: products" and "limit: exp" are the matrix products and exponentials that
-remain when the symmetry of the matrix is used: on the CPU timed in this run, tile by tile on as many threads; on a GPU
-computed from the product rate measured in this run and from 16 exponentials per clock and multiprocessor.
+(lightly, pytorch-metric-learning). "chunked, torch's threads" is what was not chosen: a plain loop over the tiles, with
+torch's threads inside each operation instead of a tile a thread. "limit: products" and "limit: exp" are the matrix
+products and exponentials that remain when the symmetry of the matrix is used: on the CPU timed in this run, tile by
+tile on as many threads; on a GPU computed from the product rate measured in this run and from 16 exponentials per clock
+and multiprocessor.
 
 Read the record's `load`: teams of threads suffer from other processes far more than single ones do, so on a busy
 machine only --threads 1 compares the work.
@@ -25,9 +27,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
+from unittest import mock
 
 import psutil
 import torch
@@ -36,8 +40,9 @@ from torch import Tensor
 
 from benchmarks.measure import Timing, peak_extra_mib, time_interleaved
 from benchmarks.tables import Row, by_number, conditions, grouped, newest, number, of_one_commit, table, times
-from model import nt_xent as module
+from model import nt_xent_tiles as tiles
 from model.nt_xent import nt_xent, resolve
+from model.nt_xent_rows import reference, shift
 from tools.records import RECORDS, append, can_plot, environment, save_plot
 
 Loss = Callable[[Tensor], Tensor]
@@ -105,7 +110,7 @@ def contestants(device: str, rows: int, dim: int, temperature: float, compiled: 
         losses["reference"] = lambda z: nt_xent(z, temperature, impl="reference")
         if compiled:
             torch.compiler.reset()  # or the fourth size meets the recompilation limit, and eager code is timed
-            compile_ = torch.compile(module.reference, dynamic=False, fullgraph=True)
+            compile_ = torch.compile(reference, dynamic=False, fullgraph=True)
             losses["reference, torch.compile"] = lambda z: compile_(z, temperature)
         losses |= _peers(device, rows, temperature)
     return losses
@@ -144,7 +149,7 @@ def _free_bytes(device: str) -> int:
 
 def cpu_limits(rows: int, dim: int) -> dict[str, dict[str, Callable[[], object]]]:
     """What remains of `chunked` when only its products, or only its exponentials, are done, per mode."""
-    edge = min(module.TILE_ON_CPU, rows // 2)
+    edge = min(tiles.TILE_ON_CPU, rows // 2)
     blocks = rows // edge
     triangle = blocks * (blocks + 1) // 2
     u, e = torch.randn(edge, dim), torch.rand(edge, edge)
@@ -213,7 +218,10 @@ def sweep(device: str, sizes: list[int], dim: int, temperature: float, budget_s:
         where = environment(device)
         for mode in (FORWARD, BOTH):
             runs = {label: _step(loss, z, mode) for label, loss in losses.items()}
-            limits = cpu_limits(rows, dim)[mode] if device == "cpu" else {}
+            limits = {}
+            if device == "cpu":
+                limits = cpu_limits(rows, dim)[mode]
+                runs["chunked, torch's threads"] = _on_torchs_threads(runs["chunked"])
             timings = time_interleaved(runs | limits, device, min_runs=5 if rows < 8192 else 3, budget_s=budget_s)
             if device == "cuda":
                 timings |= {what: Timing(ms, ms, ms, 0) for what, ms in cuda_limits(rows, dim)[mode].items()}
@@ -227,6 +235,16 @@ def sweep(device: str, sizes: list[int], dim: int, temperature: float, budget_s:
     rows_as_read = [{key: str(value) for key, value in row.items()} for row in rows_of_record]
     if can_plot():
         draw(rows_as_read, RECORDS / plot_name(rows_as_read[0]))
+
+
+def _on_torchs_threads(run: Callable[[], object]) -> Callable[[], object]:
+    """`run`, its tiles one after the other in a plain loop, with torch's threads inside each operation."""
+
+    def patched() -> None:
+        with mock.patch("model.nt_xent.one_thread_each", return_value=nullcontext()):
+            run()
+
+    return patched
 
 
 def _step(loss: Loss, z: Tensor, mode: str) -> Callable[[], object]:
@@ -392,7 +410,7 @@ def tune_kernels(
 
     if device == "cpu" and not kernels.INTERPRETED:
         raise typer.BadParameter("the kernels run on --device cuda, or with TRITON_INTERPRET=1", param_hint="--shape")
-    scale, bits = math.log2(math.e) / temperature, module.shift(temperature)
+    scale, bits = math.log2(math.e) / temperature, shift(temperature)
     where = environment(device)
     for rows in sizes:
         n = rows // 2

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import batch_norm
 
 from model.encoder import Encoder
-from model.nt_xent import unit_rows
+from model.nt_xent_rows import unit_rows
 from model.probe import zero_linear
 
 MAX_SIMILARITIES = 1 << 22  # in one matrix: 16 MiB of float32, and all rows up to a batch of 2048

@@ -8,9 +8,10 @@ s_ij = u_i.u_j,
 
     loss_i = -log( exp(s_ip / tau) / sum over j != i of exp(s_ij / tau) )
 
-"reference" writes that down and stores the M x M matrix. "chunked" (here) and "triton" (nt_xent_triton.py) store none:
+"reference" writes that down and stores the M x M matrix. "chunked" (nt_xent_tiles.py) and "triton" (nt_xent_triton.py)
+store none:
 
-    e_ij   = exp(s_ij / tau)                                      one constant shift serves all rows, see `shift`
+    e_ij   = exp(s_ij / tau)                                      one shift serves all rows, see nt_xent_rows
     Q_i    = sum over j != i, p of e_ij    R_i = Q_i + e_ip       sums over the negatives, over all candidates
     r_i    = 1 / R_i                       miss_i = Q_i r_i       miss is 1 - the probability of the positive
     loss_i = log(1 + Q_i / e_ip)
@@ -28,26 +29,23 @@ then the M numbers r; each rank then has the complete gradient of its own rows a
 
 from __future__ import annotations
 
-import functools
 import math
-import os
-import threading
 import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, library
 from torch.distributed.distributed_c10d import _resolve_process_group
 
+from model import nt_xent_tiles
+from model.nt_xent_rows import gather_rows, reference
+from model.nt_xent_tiles import one_thread_each
+
 Impl = Literal["auto", "triton", "chunked", "reference"]
 Operands = Literal["fp16", "bf16", "tf32", "fp32"]
-Gather = Callable[[Tensor], Tensor]
 
 # From here up exp(s / tau) of every pair, and the sum of 2^24 of them, are normal fp32 numbers: 2 log2(e) / tau + 25
 # binary digits fit between 2^-126 and 2^127.
@@ -56,8 +54,6 @@ MAX_TRITON_DIM = 512
 # Up to here the plain matrix is faster on a CPU, forward and backward: 5.6 against 7.7 ms at 512 rows of 128 with four
 # threads of a Xeon with AMX, 7.7 against 8.0 with one (loss.csv); at 1024 rows tiles win.
 SMALL_ON_CPU = 512
-TILE_ON_CPU = 512  # 1 MiB of fp32, which the second-level cache holds; 256 and 1024 took 5 to 70 % longer at 4096 rows
-TILE_ON_GPU = 4096
 
 
 def nt_xent(
@@ -191,69 +187,6 @@ def _below_fp32(temperature: float) -> str:
     return f'at temperature {temperature} < {MIN_TEMPERATURE} exp leaves the range of fp32; use impl="reference"'
 
 
-def shift(temperature: float) -> float:
-    """What is subtracted from every logit s / tau, in bits (powers of two), so that e and its sums stay in fp32.
-
-    Unit rows bound the logits by 1 / tau, so no row needs a maximum of its own, and from tau = 0.0143 up not even a
-    shift: 2^24 terms of exp(1 / tau) stay below 2^126. Less shift is more accurate, since logits near 0 round finer.
-    """
-    return max(0.0, math.log2(math.e) / temperature - 101.0)
-
-
-# ----------------------------------------------------------------------------------------- rows, shared by all of them
-
-
-def unit_rows(z: Tensor) -> tuple[Tensor, Tensor]:
-    """(2n, D) rows of z at length 1, and (2n, 1) inverse lengths; fp32, or fp64 for fp64 z.
-
-    Each row is first divided by its largest entry, so that squares neither overflow nor vanish. A row without a normal
-    number in it counts as zero: its unit row and its inverse length are 0, so that its gradient is 0 too.
-    """
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
-    largest = z.detach().abs().amax(dim=1, keepdim=True)
-    tiny = torch.finfo(z.dtype).tiny
-    scaled = torch.where(largest < tiny, 0.0, z / largest.clamp_min(tiny))
-    length = torch.linalg.vector_norm(scaled, dim=1, keepdim=True).clamp_min(1.0)  # below 1 only for a zero row
-    return scaled / length, torch.where(largest < tiny, 0.0, 1.0 / length / largest.clamp_min(tiny))
-
-
-def reference(z: Tensor, temperature: float, *, group: dist.ProcessGroup | None = None) -> Tensor:
-    """NT-Xent as cross-entropy over the matrix of similarities: what a reader checks first. Any device, any type."""
-    with torch.autocast(z.device.type, enabled=False):
-        u, _ = unit_rows(z)
-        rows = torch.arange(len(u), device=u.device)
-        positive = rows.roll(len(u) // 2)
-        candidates = u
-        if group is not None:
-            candidates = _GatherRows.apply(u, group)
-            rows, positive = (index + dist.get_rank(group) * len(u) for index in (rows, positive))
-        logits = u @ candidates.T / temperature
-        return F.cross_entropy(logits.scatter(1, rows[:, None], -math.inf), positive)
-
-
-class _GatherRows(torch.autograd.Function):
-    """All ranks' rows of u; backwards, every rank's gradient of this rank's rows, added up."""
-
-    @staticmethod
-    def forward(ctx: Any, u: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group, ctx.rows = group, len(u)
-        return _gathered(u, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        total = grads[0].contiguous()
-        dist.all_reduce(total, group=ctx.group)
-        return total[dist.get_rank(ctx.group) * ctx.rows :][: ctx.rows], None
-
-
-def _gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """All ranks' x, one below the other."""
-    out = x.new_empty((dist.get_world_size(group) * len(x), *x.shape[1:]))
-    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.14 renamed it
-    gather(out, x.contiguous(), group=group)
-    return out
-
-
 # ------------------------------------------------------------------------------- the operator around chunked and triton
 # One operator for both, so that torch.compile and CUDA graphs see a single node with a known shape and gradient.
 
@@ -265,10 +198,10 @@ def _nt_xent(
     """The loss (), and for the backward all ranks' u (M, padded D) and r (M,), this rank's miss (2n,)."""
 
     def gather(x: Tensor) -> Tensor:
-        return x if world_size == 1 else _gathered(x, _resolve_process_group(group_name))  # type: ignore[arg-type]
+        return x if world_size == 1 else gather_rows(x, _resolve_process_group(group_name))  # type: ignore[arg-type]
 
     forward, _ = _implementation(impl)
-    with torch.autocast(z.device.type, enabled=False), _no_team(z.device.type):
+    with torch.autocast(z.device.type, enabled=False), one_thread_each(z.device.type):
         return forward(z.contiguous(), temperature, operands, gather, rank * len(z))
 
 
@@ -292,7 +225,7 @@ def _nt_xent_backward(
 ) -> Tensor:
     """dz (2n, D), from what the forward kept."""
     _, backward = _implementation(impl)
-    with torch.autocast(z.device.type, enabled=False), _no_team(z.device.type):
+    with torch.autocast(z.device.type, enabled=False), one_thread_each(z.device.type):
         return backward(grad, z.contiguous(), u, r, miss, temperature, operands, rank * len(z))
 
 
@@ -318,181 +251,7 @@ _nt_xent.register_autograd(_pull_back, setup_context=_keep)
 
 def _implementation(name: str) -> tuple[Callable, Callable]:
     if name == "chunked":
-        return chunked_forward, chunked_backward
+        return nt_xent_tiles.forward, nt_xent_tiles.backward
     from model import nt_xent_triton
 
     return nt_xent_triton.forward, nt_xent_triton.backward
-
-
-# ---------------------------------------------------------------------------------------------------------- chunked
-# One triangle of tiles of the rank's own block, each a product, an exp and a sum in cache; the mirror image of a tile
-# is its transpose. Columns of other ranks have no mirror image here, so their tiles serve this rank's rows alone.
-# Products, in units of M x M x D: 1/2 for the sums, 1/2 + 1 for the gradient, where storing e would take 1 + 2.
-
-
-def chunked_forward(
-    z: Tensor, temperature: float, operands: str, gather: Gather, first: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """loss (), u (M, D), r (M,) and miss (2n,); this rank's rows are [first, first + 2n) of the gathered M."""
-    n = len(z) // 2
-    local, _ = unit_rows(z)
-    u = gather(local)
-    sums = u.new_zeros(2 * n)
-
-    def shares(e: Tensor, _own: slice, _columns: slice, mirrored: bool) -> tuple[Tensor, Tensor | None]:
-        return e.sum(1), e.sum(0) if mirrored else None
-
-    _add_tiles(sums, u, first, temperature, operands, shares)
-    positive = (local[:n] * local[n:]).sum(1).repeat(2) / temperature - shift(temperature) * math.log(2)
-    r = 1 / (sums + positive.exp())
-    loss = F.softplus(sums.log() - positive, threshold=50).mean()  # log(1 + Q / e_ip), exact for tiny and huge ratios
-    return loss, u, gather(r), sums * r
-
-
-def chunked_backward(
-    grad: Tensor, z: Tensor, u: Tensor, r: Tensor, miss: Tensor, temperature: float, operands: str, first: int
-) -> Tensor:
-    """dz (2n, D) in the type of z."""
-    n = len(z) // 2
-    inverse_length = unit_rows(z)[1]
-    local, local_r = u[first : first + 2 * n], r[first : first + 2 * n]
-    du = torch.zeros_like(local)
-
-    def shares(e: Tensor, own: slice, columns: slice, mirrored: bool) -> tuple[Tensor, Tensor | None]:
-        e *= local_r[own, None] + r[columns]
-        return e @ u[columns], e.T @ local[own] if mirrored else None
-
-    _add_tiles(du, u, first, temperature, operands, shares)
-    du -= (miss + miss.roll(n))[:, None] * local.roll(n, 0)
-    du -= (du * local).sum(1, keepdim=True) * local
-    return (du * (inverse_length * (grad / (temperature * 2 * n)))).to(z.dtype)
-
-
-def _add_tiles(
-    total: Tensor, u: Tensor, first: int, temperature: float, operands: str, shares: Callable[..., tuple]
-) -> None:
-    """Adds every tile's shares to total (2n, ...), one number or row for each row of this rank.
-
-    shares(e, rows, columns, mirrored) gets a tile of e with self and positive pairs at 0, its rows (of this rank) and
-    its columns (of the gathered rows), and returns what its rows receive and, if mirrored, what its columns do.
-
-    Blocks are cut alike in both views, so the other views of a block are exactly another block, and both kinds of
-    excluded pairs lie on the main diagonals of square tiles.
-
-    On the CPU each tile runs on one thread: a team of threads that meets after every product, exp and sum waits longer
-    than it works as soon as a data loader has the cores too. Tiles start in rounds, of which round k pairs block i with
-    block k - i, so that neighbours share no rows; and every block adds its shares up in that order, whichever thread
-    has them, so that the result does not depend on the number of threads.
-    """
-    n = len(total) // 2
-    local = u[first : first + 2 * n]
-    on_cpu = u.device.type == "cpu"
-    edge = TILE_ON_CPU if on_cpu else TILE_ON_GPU
-    view = _cut(0, n, edge)
-    blocks = view + [slice(b.start + n, b.stop + n) for b in view]
-    count = len(blocks)
-    pairs = [(i, (k - i) % count) for k in range(count) for i in range(count)]
-    tiles = [(i, j, slice(first + blocks[j].start, first + blocks[j].stop)) for i, j in pairs if i <= j]
-    others = _cut(0, first, edge) + _cut(first + 2 * n, len(u), edge)
-    tiles += [(i, i, columns) for columns in others for i in range(count)]
-    turn, taken, moved = [0] * count, [0] * count, threading.Condition()
-    bits, zero = shift(temperature), u.new_zeros(())
-
-    def visit(i: int, j: int, columns: slice, tickets: dict[int, int]) -> None:
-        try:
-            e = torch.addmm(zero, local[blocks[i]], u[columns].T, beta=0, alpha=1 / temperature)
-            if bits:
-                e -= bits * math.log(2)
-            e.exp_()
-            if columns.start - first in (blocks[i].start, (blocks[i].start + n) % (2 * n)):
-                e.fill_diagonal_(0)
-            mine, mirrored = shares(e, blocks[i], columns, j != i)
-            with moved:
-                moved.wait_for(lambda: all(turn[block] >= ticket for block, ticket in tickets.items()))
-            total[blocks[i]] += mine
-            if mirrored is not None:
-                total[blocks[j]] += mirrored
-        finally:  # also after an error, or the tiles that wait for this one would wait for ever
-            with moved:
-                for block in tickets:
-                    turn[block] += 1
-                moved.notify_all()
-
-    work = []
-    for i, j, columns in tiles:
-        work.append((i, j, columns, {block: taken[block] for block in (i, j)}))
-        for block in {i, j}:
-            taken[block] += 1
-    threads = min(_team.size, len(work)) if on_cpu else 1
-    with _products(u.device.type, operands):
-        if threads == 1:
-            for tile in work:
-                visit(*tile)
-        else:
-            list(_pool(threads).map(lambda tile: visit(*tile), work))
-
-
-class _Team(threading.local):
-    """How many threads torch would give to one operation of the thread that called nt_xent."""
-
-    size = 1
-
-
-_team = _Team()
-
-
-@contextmanager
-def _no_team(device: str) -> Iterator[None]:
-    """On the CPU, this thread's operations run on it alone inside the block, and `_team.size` tiles run beside it."""
-    if device != "cpu":
-        yield
-        return
-    _team.size = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(_team.size)
-
-
-@functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    """Threads on which torch works alone. torch.set_num_threads speaks for its own thread and for threads to come."""
-    barrier = threading.Barrier(threads + 1)
-
-    def alone() -> None:
-        torch.get_num_threads()  # a thread's first question sets its number to the process's; only then set our own
-        torch.set_num_threads(1)
-        torch.set_grad_enabled(False)
-        barrier.wait()
-
-    pool = ThreadPoolExecutor(threads, "nt_xent")
-    for _ in range(threads):
-        pool.submit(alone)
-    barrier.wait()
-    return pool
-
-
-os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked child has none of its parent's threads
-
-
-def _cut(start: int, stop: int, edge: int) -> list[slice]:
-    """[start, stop) in the fewest near-equal pieces of at most edge."""
-    pieces = -(-(stop - start) // edge)
-    bounds = [start + (stop - start) * k // pieces for k in range(pieces + 1)] if pieces else []
-    return [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
-
-
-@contextmanager
-def _products(device: str, operands: str) -> Iterator[None]:
-    """fp32 matrix products read bf16 inside the block if asked to, fp32 otherwise, whatever the process has set.
-
-    torch has one such switch for all threads: products that other threads start meanwhile follow it too.
-    """
-    matmul: Any = (torch.backends.mkldnn if device == "cpu" else torch.backends.cuda).matmul  # type: ignore[attr-defined]
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16" if operands == "bf16" else "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before

@@ -39,7 +39,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from model.nt_xent import Gather, shift
+from model.nt_xent_rows import Gather, shift
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1 when this module was imported
 SLAB_MIB = 32
@@ -50,7 +50,7 @@ GAIN_16_BIT = 14
 
 @triton.jit
 def _unit(z):
-    """Rows of z (ROWS, PAD) at length 1, and inverse lengths; zero rows give 0 and 0. As model.nt_xent.unit_rows."""
+    """Rows of z (ROWS, PAD) at length 1, and inverse lengths; zero rows give 0 and 0. As nt_xent_rows.unit_rows."""
     largest = tl.max(tl.abs(z), 1)
     empty = largest < 1.1754943508222875e-38
     largest = tl.where(empty, 1.0, largest)

@@ -1,10 +1,14 @@
 """The loss benchmark times what it is asked to, and a finding of compute-sanitizer does not end it."""
 
+import math
 from subprocess import CompletedProcess
 
 import pytest
+import torch
 
 from benchmarks import loss
+from model import nt_xent_tiles
+from model.nt_xent import nt_xent
 
 
 def test_torch_compile_can_be_left_out():
@@ -31,3 +35,13 @@ def test_a_finding_of_compute_sanitizer_is_told_and_the_kernels_are_timed(code, 
     failed = 1
     with pytest.raises(SystemExit, match="the kernels fail their tests"):
         loss.check_kernels()
+
+
+def test_the_plain_loop_over_tiles_computes_the_same(monkeypatch):
+    """What it is compared with: every operation on torch's own threads, none in the pool."""
+    monkeypatch.setattr(nt_xent_tiles, "TILE_ON_CPU", 64)
+    monkeypatch.setattr(nt_xent_tiles, "_pool", lambda threads: pytest.fail(f"{threads} threads started"))
+    seen = []
+    step = loss._step(lambda z: seen.append(nt_xent(z, 0.1, impl="chunked")) or seen[-1], torch.ones(256, 8), "forward")
+    loss._on_torchs_threads(step)()
+    assert math.isclose(seen[0], math.log(255), rel_tol=1e-6)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import monitor, nt_xent
+from model import monitor, nt_xent, nt_xent_tiles
 from model.encoder import build_encoder
 from model.lars import param_groups
 from model.simclr import ProjectionHead, SimCLR
@@ -190,8 +190,8 @@ def test_the_tiles_of_the_loss_wait_for_nothing_either(dtype: torch.dtype) -> No
     """They are inside of an operator, whose shapes alone the step follows. Three tiles a side, no two equal."""
     with FakeTensorMode(), Watch(), torch.no_grad():
         z = torch.empty(9000, 128, dtype=dtype, device="cuda")
-        loss, *kept = nt_xent.chunked_forward(z, 0.0135, "", lambda x: x, 0)
-        dz = nt_xent.chunked_backward(torch.ones_like(loss), z, *kept, 0.0135, "", 0)
+        loss, *kept = nt_xent_tiles.forward(z, 0.0135, "", lambda x: x, 0)
+        dz = nt_xent_tiles.backward(torch.ones_like(loss), z, *kept, 0.0135, "", 0)
         assert (dz.device, dz.dtype, dz.shape) == (z.device, z.dtype, z.shape)
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from model import nt_xent as module
+from model import nt_xent_tiles
 from model.nt_xent import nt_xent
 from tests.oracles import nt_xent as oracle
 from tests.processes import spawn
@@ -44,7 +44,7 @@ def rank_main(rank: int, folder: str) -> None:
     """Writes, per world size and variant, the mean over ranks of the loss, and dz and dW as DDP averages them."""
     warnings.filterwarnings("error", message=".*deprecated", category=FutureWarning)
     torch.set_num_threads(1)  # four processes share few cores
-    module.TILE_ON_CPU = 8
+    nt_xent_tiles.TILE_ON_CPU = 8
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=max(WORLD_SIZES))
     results = {}
     for world_size in WORLD_SIZES:
