@@ -245,8 +245,9 @@ from torchvision.utils import make_grid, save_image
 from model import checkpoint
 from model.checkpoint import Saved
 from model.encoder import Encoder, build_encoder
-from model.large_batch import plan
+from model.encoder_file import export_encoder
 from model.lars import param_groups
+from model.memory_plan import plan
 from model.monitor import OnlineProbe
 from model.nt_xent import nt_xent
 from model.nt_xent import resolve as choose_loss
@@ -839,7 +840,7 @@ def save(
 def export(folder: Path, encoder: Encoder, config: TrainConfig, recipe: str, steps: int, dataset: Dataset) -> None:
     """encoder.safetensors with what its metadata say of preprocessing and training; the paths of this machine stay."""
     kept = {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE}
-    checkpoint.export_encoder(
+    export_encoder(
         folder,
         encoder,
         image_size=config.views.size,

@@ -28,7 +28,7 @@ from torch import Tensor
 from benchmarks.measure import Marks, Reading, gpu_watch, held_mib, peak_host_mib, timing
 from benchmarks.programs import Failure, Progress, Timeline, in_slices, round_edges, worst
 from benchmarks.tables import Row, by_number, grouped, newest, of_one_commit
-from model.large_batch import Plan
+from model.memory_plan import Plan
 from pipeline.loader import Loader
 from pipeline.shards import Dataset, read_dataset
 from pipeline.workers import share_of_cores

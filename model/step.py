@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from model.encoder import Encoder
-from model.large_batch import Plan, Statistics, backward
+from model.large_batch import Statistics, backward
 from model.lars import LARS
+from model.memory_plan import Plan
 from model.simclr import SimCLR
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
-from model.large_batch import Plan
+from model.memory_plan import Plan
 from pipeline import loader
 from pipeline.demo import CLASSES, splits
 from pipeline.shards import Sample, read_dataset

@@ -19,8 +19,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from typer.testing import CliRunner
 
 from model import checkpoint
-from model.checkpoint import export_encoder, load_encoder
 from model.encoder import build_encoder
+from model.encoder_file import export_encoder, load_encoder
 from model.probe import train_classifier, zero_linear
 from model.simclr import ProjectionHead, SimCLR
 from pipeline.demo import CLASSES, draw_image

@@ -16,8 +16,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 from model import checkpoint
-from model.checkpoint import export_encoder, load_encoder, load_head, read_metadata, save_head, weights_file
 from model.encoder import build_encoder
+from model.encoder_file import export_encoder, load_encoder, load_head, read_metadata, save_head, weights_file
 from model.names import from_torchvision, to_torchvision
 from model.simclr import NUM_LAYERS, ProjectionHead, SimCLR
 from pipeline.views import make_views

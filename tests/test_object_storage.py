@@ -23,8 +23,8 @@ from typer.testing import CliRunner
 
 import tools.evaluate
 import tools.make_shards
-from model.checkpoint import export_encoder
 from model.encoder import build_encoder
+from model.encoder_file import export_encoder
 from pipeline.audit import verify
 from pipeline.labels import labels
 from pipeline.loader import Loader, LoaderError, build_eval_loader

@@ -16,8 +16,8 @@ from sklearn.decomposition import PCA
 from threadpoolctl import threadpool_limits
 from typer.testing import CliRunner
 
-from model.checkpoint import export_encoder, load_encoder
 from model.encoder import build_encoder
+from model.encoder_file import export_encoder, load_encoder
 from pipeline.demo import draw_image
 from pipeline.loader import build_eval_loader
 from pipeline.shards import Sample, read_dataset

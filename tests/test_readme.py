@@ -22,8 +22,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import train
-from model.checkpoint import export_encoder
 from model.encoder import build_encoder
+from model.encoder_file import export_encoder
 from pipeline.demo import draw_image
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -35,8 +35,9 @@ from typer.testing import CliRunner
 import tools.make_shards
 import tools.ranks
 import train
-from model.checkpoint import OWN_HASH, NotFiniteError, latest, load_encoder, save
+from model.checkpoint import OWN_HASH, NotFiniteError, latest, save
 from model.encoder import build_encoder
+from model.encoder_file import load_encoder
 from model.nt_xent import nt_xent
 from model.simclr import ProjectionHead, SimCLR
 from model.step import Outcome, train_step

@@ -35,7 +35,7 @@ import typer
 if TYPE_CHECKING:
     import torch
 
-    from model.large_batch import Plan
+    from model.memory_plan import Plan
     from pipeline.loader import Loader
     from pipeline.shards import Dataset, Shard
     from train import TrainConfig, Training
@@ -503,7 +503,7 @@ def wait_for(device: "torch.device") -> None:
 
 def memory(trial: Trial, processes: int, device: "torch.device") -> Finding:
     """The batch fits: on a GPU as train.py would plan it there, on a CPU by what a part of it took."""
-    from model.large_batch import divisors
+    from model.memory_plan import divisors
 
     plan = trial.training.plan
     images = plan.micro_batch * plan.count

@@ -86,7 +86,7 @@ def session(
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
-    from model.checkpoint import load_encoder, weights_file
+    from model.encoder_file import load_encoder, weights_file
     from pipeline.shards import read_dataset
     from pipeline.views import make_views, parse_changes
     from tools.files import open_binary
@@ -375,7 +375,7 @@ def embed(
             import numpy as np
             import torch
 
-            from model.checkpoint import write_tensors
+            from model.tensor_files import write_tensors
             from pipeline.subset import keys
 
             (dataset,) = on.sets
@@ -690,7 +690,7 @@ def fresh(network: "Encoder", seed: int) -> "Encoder":
 
 def head_of(weights: Path, layers: int) -> "list[nn.Module]":
     """The first layers of the projection head that an encoder was trained with. Raises ValueError if it has fewer."""
-    from model.checkpoint import load_head
+    from model.encoder_file import load_head
     from tools.runs import head_file
 
     if not layers:

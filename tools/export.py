@@ -47,7 +47,7 @@ def export(
     with one_message("export"):
         import torch
 
-        from model.checkpoint import export_encoder, load_encoder, load_head, save_head, weights_file
+        from model.encoder_file import export_encoder, load_encoder, load_head, save_head, weights_file
         from pipeline.views import make_views, parse_changes
         from pipeline.write import publish
         from tools.runs import head_file, training_of
@@ -164,7 +164,7 @@ def card(
         ]
     else:
         lines += [
-            "from model.checkpoint import load_encoder  # of SwiftCLR",
+            "from model.encoder_file import load_encoder  # of SwiftCLR",
             'model = load_encoder("FOLDER")',
         ]
     resized = round(views.size / views.eval_crop)

@@ -25,7 +25,8 @@ def training_of(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
     An exported encoder tells in its metadata, a checkpoint in its state.json; both are empty for a stranger's file.
     """
-    from model.checkpoint import read_metadata, read_state
+    from model.checkpoint import read_state
+    from model.encoder_file import read_metadata
     from train import MAY_CHANGE
 
     state = file.with_name("state.json")
