@@ -1,9 +1,13 @@
 """Checkpoints that survive kill -9.
 
-A checkpoint is a folder `step-0000123/` of model.safetensors, optimizer.safetensors, perhaps probe.safetensors, and
-state.json (all that is no tensor, the hashes of the others, and last its own). It is written under another name,
-flushed to the disk and then renamed, so a name holds a whole checkpoint or does not exist; damage that comes later is
-found by the hashes. Nothing in a file is believed before it matches the model at hand.
+    save(folder, step, model=..., optimizer=..., extra=...)       writes folder/step-0000123/, removes the oldest
+    load(path, model=..., optimizer=...) -> (step, extra)         restores bit for bit
+    latest_whole(folder)                                          the newest undamaged one
+
+A checkpoint is a folder of model.safetensors, optimizer.safetensors, perhaps probe.safetensors, and state.json, which
+holds everything that is not a tensor, the hashes of the other files and, as its last key, its own hash. The folder is
+written under another name, flushed to the disk and then renamed: a checkpoint under its final name is complete. Later
+damage shows in the hashes. Nothing in a file is used before it matches the model that it is loaded into.
 """
 
 import hashlib
@@ -47,7 +51,7 @@ def save(
     model      unwrapped (no DDP around it): its parameter names are the file's.
     optimizer  over parameters of `model`; its state may hold tensors and JSON values.
     extra      whatever else a resume needs, as JSON: configuration, loader position, metrics.
-    probe      what was trained beside the model goes into a file of its own, probe.safetensors.
+    probe      trained beside the model; goes into a file of its own, probe.safetensors.
     One process of a run calls this. Raises FileExistsError if the step is saved already, NotFiniteError naming a tensor
     (NaN is nothing to resume from), OSError if the disk is full. Older checkpoints stay whole.
     """
@@ -100,15 +104,15 @@ def save(
 
 
 def latest(folder: str | Path) -> Path | None:
-    """The newest checkpoint in `folder`, or None. What a killed save left behind is not one."""
+    """The newest checkpoint in `folder`, or None. An unfinished one, left by a killed save, does not count."""
     published = _published(Path(folder))
     return published[-1][1] if published else None
 
 
 def latest_whole(folder: str | Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint in `folder` that is whole, and a line about each newer one; (None, []) if there is none.
+    """The newest undamaged checkpoint in `folder`, and a line about each newer one; (None, []) if the folder has none.
 
-    Raises DamagedError if none of several is whole.
+    Raises DamagedError if all of them are damaged.
     """
     faults: list[str] = []
     for _, path in reversed(_published(Path(folder))):
@@ -202,8 +206,8 @@ def read_state(path: str | Path, files: Collection[str] | None = None) -> dict[s
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DamagedError(f"{file} is damaged: {error!r}") from error
     for name, digest in expected.items():
-        if (found := _sha256(path / name)) != digest:
-            raise DamagedError(f"{path / name} is damaged: its sha256 is {found[:12]}…, expected {str(digest)[:12]}…")
+        if (actual := _sha256(path / name)) != digest:
+            raise DamagedError(f"{path / name} is damaged: its sha256 is {actual[:12]}…, expected {str(digest)[:12]}…")
     return state
 
 
@@ -212,8 +216,8 @@ def load(
 ) -> tuple[int, dict[str, Any]]:
     """Put a checkpoint, bit for bit, into `model` and `optimizer`; returns (step, extra).
 
-    Their devices and memory formats stay, and so does a `probe` that the checkpoint knows nothing of. Raises ValueError
-    naming the file, the key, what is expected and what is there; then none has been touched.
+    Their devices and memory formats stay. A `probe` stays as it is if the checkpoint has none. Raises ValueError that
+    names the file, the key, what was expected and what is there; then nothing has been changed.
     """
     path = Path(path)
     state = read_state(path)
@@ -253,7 +257,7 @@ def load(
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any], allowed: Collection[str] = ()) -> list[str]:
     """What differs between two configurations, a line each: "batch_size: 512 in the checkpoint, 256 now".
 
-    Keys of nested tables are joined by dots. What stands in `allowed`, a key or a whole table, may differ.
+    Keys of nested tables are joined by dots. Keys and tables named in `allowed` may differ.
     """
 
     def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

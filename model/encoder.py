@@ -127,9 +127,9 @@ def build_encoder(
             *(block(outplanes, planes) for _ in range(1, num_blocks)),
         ]
         if selective_kernel:
-            for j, each in enumerate(blocks):  # the block's ReLU behind it does nothing: what it gives is not negative
-                each.conv2 = SelectiveKernel(planes, stride if j == 0 else 1)  # type: ignore[assignment]
-                each.bn2 = nn.Identity()  # type: ignore[assignment]
+            for j, bottleneck in enumerate(blocks):  # its output is not negative, so the ReLU behind it does nothing
+                bottleneck.conv2 = SelectiveKernel(planes, stride if j == 0 else 1)  # type: ignore[assignment]
+                bottleneck.bn2 = nn.Identity()  # type: ignore[assignment]
         chain.append((f"layer{i + 1}", nn.Sequential(*blocks)))
         inplanes = outplanes
     chain += [("avgpool", nn.AdaptiveAvgPool2d(1)), ("flatten", nn.Flatten()), ("fc", nn.Identity())]

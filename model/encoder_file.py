@@ -46,15 +46,15 @@ def export_encoder(
 ) -> Path:
     """Write `folder/{file}`, and `folder/config.json` if timm has the architecture; returns the former.
 
-    encoder       from build_encoder(), unwrapped; stored contiguous, as `dtype`, under torchvision's names without fc.
+    encoder       from build_encoder(), unwrapped; stored contiguous, as `dtype`, without fc.
     image_size    side in px that it was trained at; mean, std, interpolation and crop_pct (the share of the resized
                   side kept by the centre crop) say how an image is prepared for it.
     training      recipe, data, scores: JSON that joins these facts and the architecture's in the metadata.
-    names         whose key names to use; timm can load its own and torchvision's, so others get no config.json.
-    torchvision's resnetNN takes the file (strict=False, for fc is missing) and timm the folder ("local-dir:FOLDER").
-    Neither can build another width, selective kernels or the small stem, so those get no config.json, and `loads_in`
-    in the metadata says what takes them. The metadata hold a sha256 of themselves and of the tensors. Raises
-    ValueError for weights that are not finite.
+    names         the library whose names the keys get; only timm's and torchvision's get a config.json.
+    torchvision's resnetNN loads the file (strict=False, because fc is missing), timm the folder ("local-dir:FOLDER").
+    Neither can build another width, selective kernels or the small stem, so those get no config.json; `loads_in` in the
+    metadata says what loads them. The metadata hold a sha256 of themselves and of the tensors. Raises ValueError for
+    weights that are not finite.
     """
     folder, name = Path(folder), f"resnet{encoder.depth}"
     weights = {k: t.to(dtype) if t.is_floating_point() else t for k, t in encoder.state_dict().items()}
@@ -96,8 +96,8 @@ def export_encoder(
     make_folder(folder)
     with workspace(folder, "encoder") as partial:
         write_tensors(partial / file, weights, _hashed_facts(weights, facts))
-        theirs = encoder.width == 1 and encoder.stem == "standard" and not encoder.selective_kernel
-        if theirs and names in ("torchvision", "timm"):
+        in_timm = encoder.width == 1 and encoder.stem == "standard" and not encoder.selective_kernel
+        if in_timm and names in ("torchvision", "timm"):
             write_new(partial / "config.json", json.dumps(timm, indent=1))
             os.replace(partial / "config.json", folder / "config.json")
         os.replace(partial / file, folder / file)
@@ -108,15 +108,15 @@ def export_encoder(
 def load_encoder(path: str | Path) -> Encoder:
     """The encoder of a file, or of a folder that `weights_file` understands, on the CPU and in evaluation mode.
 
-    Architecture from our metadata; a ResNet file without them is known by its shapes, under any names that model/names
-    knows; fc, heads and whatever surrounds the encoder are left out, half precision becomes float32. Raises ValueError
-    saying what is wrong with the file, also with one made to harm: no encoder is allocated before the header is known
-    to be small and every key, shape and type to be the architecture's. Where the file has a hash, or lies in a
-    checkpoint, which has one, it must be as it was written.
+    Our own files state the architecture in their metadata. Of other files it is inferred from the shapes, under any
+    names that names.py knows. fc, heads and whatever surrounds the encoder are left out; half precision becomes
+    float32. Raises ValueError that says what is wrong with the file. A file that was made to harm allocates no encoder:
+    first the header must be small, and every key, shape and type the architecture's. A file with a hash, its own or
+    that of its checkpoint, must be as it was written.
     """
     path = weights_file(path)
-    told = read_metadata(path)
-    facts = told or _facts_from_shapes(path)
+    metadata = read_metadata(path)
+    facts = metadata or _facts_from_shapes(path)
     try:
         with torch.device("meta"):
             kernels = facts.get("selective_kernel", False)  # files from before the option have none
@@ -124,8 +124,11 @@ def load_encoder(path: str | Path) -> Encoder:
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: its metadata describe no encoder: {error!r}") from error
     expected = encoder.state_dict()
-    names = {from_torchvision(key, told.get("names", "torchvision")): key for key in expected} if told else None
-    weights = read_tensors(path, expected, names=names or _names_in(path), strict=told is not None, cast=True)
+    if metadata:
+        names = {from_torchvision(key, metadata.get("names", "torchvision")): key for key in expected}
+    else:
+        names = _names_in(path)
+    weights = read_tensors(path, expected, names=names, strict=metadata is not None, cast=True)
     if bad := first_not_finite(weights):
         raise ValueError(f"{path}: {bad} is not finite")
     _check_hash(path)
@@ -159,7 +162,7 @@ def save_head(path: str | Path, head: ProjectionHead) -> None:
 
 
 def weights_file(path: str | Path) -> Path:
-    """The safetensors file meant by `path`: a file, an exported folder, a checkpoint, or a run. Raises ValueError."""
+    """The safetensors file in `path`: a file itself, an exported folder, a checkpoint or a run. Raises ValueError."""
     path = Path(path)
     if path.is_file():
         return path
@@ -172,7 +175,7 @@ def weights_file(path: str | Path) -> Path:
 
 
 def read_metadata(path: str | Path) -> dict[str, Any] | None:
-    """What export_encoder wrote into a file: architecture, preprocessing, training. None if it is not ours."""
+    """The metadata that export_encoder wrote: architecture, preprocessing, training. None for another's file."""
     with open_tensors(Path(path)) as file:
         text = (file.metadata() or {}).get(METADATA_KEY)
     if text is None:
@@ -222,21 +225,21 @@ def _check_hash(path: Path) -> None:
     if path.name == "model.safetensors" and path.with_name("state.json").is_file():
         read_state(path.parent, {path.name})
     facts = read_metadata(path) or {}
-    if "sha256" in facts and (found := _tensors_sha256(read_tensors(path), facts)) != facts["sha256"]:
+    if "sha256" in facts and (digest := _tensors_sha256(read_tensors(path), facts)) != facts["sha256"]:
         raise DamagedError(
-            f"{path} is damaged: the sha256 of its tensors and metadata is {found[:12]}…, expected "
+            f"{path} is damaged: the sha256 of its tensors and metadata is {digest[:12]}…, expected "
             f"{str(facts['sha256'])[:12]}…"
         )
 
 
 def _hashed_facts(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> dict[str, str]:
-    """Metadata of a file of `tensors`: the facts about it with its hash, as sorted JSON under our one key."""
+    """The metadata of a file of `tensors`: `facts` and the hash, as sorted JSON under one key."""
     plain = json.loads(json.dumps(facts))
     return {METADATA_KEY: json.dumps(plain | {"sha256": _tensors_sha256(tensors, plain)}, sort_keys=True)}
 
 
 def _tensors_sha256(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
-    """Over the facts but for this hash itself, then name, type, shape and bytes of each tensor, in order of names."""
+    """Hash of the facts (without this hash itself) and of every tensor's name, type, shape and bytes, by name."""
     digest = hashlib.sha256(json.dumps(dict(facts) | {"sha256": None}, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         plain = tensor.detach().cpu().contiguous()

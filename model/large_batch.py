@@ -35,7 +35,7 @@ def backward(
 
     model          views -> z, a row for a row; DistributedDataParallel reduces once, in the last backward pass.
     micro_batches  `count` tensors (2m, 3, S, S), each view-major and of any m; taken one by one, so they may be made
-                   while the first pass goes on. Those to be encoded again are held until then.
+                   while the first pass goes on. Those that are encoded twice are held until the second pass.
     loss_of        z (2n, D), view-major, the images in the order of the micro-batches -> () loss.
     keep           1 to `count`: micro-batches whose activations stay, at the price of their memory.
     offload        hold micro-batches in pinned host memory; for a batch of views too large for the GPU.
@@ -44,21 +44,21 @@ def backward(
     """
     if not 1 <= keep <= count:
         raise ValueError(f"keep: expected 1 to {count}, the number of micro-batches, got {keep}")
-    again = count - keep  # the first so many are encoded a second time
-    if again and any(isinstance(module, _DropoutNd) and module.p and module.training for module in model.modules()):
+    num_twice = count - keep  # the first of the micro-batches, which are encoded a second time
+    if num_twice and any(isinstance(module, _DropoutNd) and module.p and module.training for module in model.modules()):
         raise ValueError("the model has dropout, which would draw anew when a micro-batch is encoded a second time")
 
     def encode(views: Tensor, *, graph: bool, last: bool) -> Tensor:
-        # DDP reduces in every backward pass from a forward that it saw outside of no_sync on; one may be that.
-        quiet = nullcontext if last else getattr(model, "no_sync", nullcontext)
-        with torch.set_grad_enabled(graph), quiet():
+        # After a forward outside of no_sync, DDP reduces in every backward pass: only the last forward may be outside.
+        without_reduction = nullcontext if last else getattr(model, "no_sync", nullcontext)
+        with torch.set_grad_enabled(graph), without_reduction():
             return model(views)
 
     held: list[Tensor] = []
     parts: list[Tensor] = []
     for i, views in enumerate(micro_batches):
-        parts.append(encode(views, graph=i >= again, last=i == count - 1 and not again))
-        if i < again:
+        parts.append(encode(views, graph=i >= num_twice, last=i == count - 1 and not num_twice))
+        if i < num_twice:
             held.append(_on_host(views) if offload else views)
     assert len(parts) == count
     del views
@@ -69,10 +69,10 @@ def backward(
     (grad,) = torch.autograd.grad(loss, z)
     grad = torch.where(loss.isfinite(), grad, torch.nan)
     split = grad.unflatten(0, (2, -1)).split([len(part) // 2 for part in parts], 1)
-    grads = [each.flatten(0, 1).contiguous() for each in split]
+    grads = [part.flatten(0, 1).contiguous() for part in split]
 
     # From the last to the first, as one graph would add them up
-    torch.autograd.backward(parts[again:], grads[again:])
+    torch.autograd.backward(parts[num_twice:], grads[num_twice:])
     del parts
     with _fixed_statistics(model):
         while held:
@@ -83,7 +83,7 @@ def backward(
 
 @contextmanager
 def _fixed_statistics(model: nn.Module) -> Iterator[None]:
-    """BatchNorms normalise as before but leave their running statistics alone: this batch has moved them already."""
+    """BatchNorms normalise as before but do not update their running statistics: the first pass has done so."""
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     for norm in norms:
         norm.track_running_stats = False
@@ -99,7 +99,7 @@ def _on_host(views: Tensor) -> Tensor:
 
 
 class Statistics:
-    """The buffers of a model as they are now, to go back to after a step that turned out not to count."""
+    """A copy of a model's buffers, to restore them after a step that is skipped."""
 
     def __init__(self, model: nn.Module) -> None:
         self._groups: list[list[Tensor]] = []
@@ -108,7 +108,7 @@ class Statistics:
         self._before = [_flat(group) for group in self._groups]
 
     def restore(self, where: Tensor) -> None:
-        """Put them back if the () bool `where` is true, without asking the device."""
+        """Put them back where the () bool `where` is true, without waiting for the device."""
         for group, before in zip(self._groups, self._before, strict=True):
             chosen = torch.where(where, before, _flat(group)).split([buffer.numel() for buffer in group])
             torch._foreach_copy_(group, [part.view_as(buffer) for part, buffer in zip(chosen, group, strict=True)])

@@ -49,12 +49,13 @@ def plan(
 
     A few images are measured first; sizes that cannot fit by them, and those above `most_images`, are not tried.
 
-    model        not wrapped by DDP, on its device; is run with zeros and left as it was.
-    images       of this process's batch.
+    model        not wrapped by DDP, on its device; it is run with zeros and left as it was.
+    images       in this process's batch.
     like         (1, 3, S, S), of the views' type and device.
-    micro_batch  a divisor of `images`; 0 tries them, largest first. A CPU cannot be asked what fits: 0 is `images`.
+    micro_batch  a divisor of `images`; 0 tries all of them, largest first. On a CPU, which cannot say what fits, 0 is
+                 `images`.
     keep         0 fills the memory that is left; on a CPU it is 1.
-    agree        turns a number of each process into the smallest; all call it equally often.
+    agree        takes a number of this process and gives the smallest of all processes; all call it equally often.
     ValueError where `micro_batch`, or a single image, does not fit, or `micro_batch` is above `most_images`; and where
     FEW images would fit, but of the divisors only one less than half of that: a prime factor of `images` would make the
     micro-batches tiny.
@@ -84,7 +85,7 @@ def plan(
     sizes = [micro_batch] if micro_batch else divisors(images)
     few = min(FEW, sizes[0])
     needs = measure(few)
-    # What a graph holds grows with the images, but for copies of weights in half precision; a run takes more than that.
+    # A graph grows with the images, except for its half-precision copies of weights; a run needs more than its graph.
     weights = sum(param.numel() * param.element_size() for param in model.parameters())
     likely = agree(max(few, most * few // max(1, needs[1] - weights)) if needs else few - 1)
     for candidate in sizes:
@@ -99,7 +100,7 @@ def plan(
             f"are free on {like.device}; give a smaller --micro-batch or a smaller encoder"
         )
     assert needs is not None
-    if not micro_batch and 2 * candidate < FEW == few <= likely:  # for want of divisors, not of memory
+    if not micro_batch and 2 * candidate < FEW == few <= likely:  # divisors are missing, not memory
         above = next(size for size in reversed(sizes) if size > FEW)
         raise ValueError(
             f"{images} images per process divide into micro-batches of {above}, which do not fit {like.device}, or of "
@@ -113,10 +114,10 @@ def plan(
 
 
 def most_images(model: nn.Module, like: Tensor) -> int:
-    """Images in a micro-batch, at most, whose largest activation has fewer than 2^31 elements.
+    """The most images in a micro-batch for which every activation has fewer than 2^31 elements.
 
-    Above that kernels that count in 32 bits write to wrong places, which ends the CUDA context and no error message
-    says (pytorch/pytorch#117736). By the shapes that one view has behind each layer, on the meta device.
+    With more, kernels that count in 32 bits write to wrong places, and the CUDA context ends with an error that does
+    not say why (pytorch/pytorch#117736). Found by running one view on the meta device, which computes shapes alone.
     """
     largest = like[0].numel()
 
@@ -145,14 +146,14 @@ def divisors(number: int) -> list[int]:
 
 
 def _needs(model: nn.Module, images: int, like: Tensor, room: int) -> tuple[int, int] | None:
-    """Bytes that a micro-batch takes at most, and those it holds after its forward; None if `room` is too small."""
+    """A micro-batch's peak bytes, and those that its graph holds after the forward; None if `room` is too small."""
     device = like.device
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before, total = torch.cuda.memory_allocated(device), torch.cuda.mem_get_info(device)[1]
     torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_reserved(device) + room) / total), device)
     training = model.training
-    model.eval()  # as large as in training; but statistics stay, and SyncBatchNorm waits for no other process
+    model.eval()  # as large as in training, but statistics stay and SyncBatchNorm does not wait for other processes
     try:
         views = like.new_zeros(2 * images, *like.shape[1:]).contiguous(memory_format=torch.channels_last)
         z = model(views)
@@ -161,7 +162,7 @@ def _needs(model: nn.Module, images: int, like: Tensor, room: int) -> tuple[int,
         return torch.cuda.max_memory_allocated(device) - before, graph
     except torch.OutOfMemoryError:
         return None
-    except RuntimeError as error:  # so cuDNN and cuBLAS say that they have no room to work in; or that they are broken
+    except RuntimeError as error:  # cuDNN and cuBLAS raise it without room to work in, and when they are broken
         if images == 1 or not any(words in str(error) for words in NO_ROOM):
             raise
         return None

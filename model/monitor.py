@@ -1,7 +1,7 @@
-"""How training goes, seen from what a step computes anyway: the contrast between the z, and a linear probe on the h.
+"""How training goes, measured on what a step computes anyway: projections z and features h.
 
     contrast(first, second, temperature)                accuracy and entropy of the contrast, alignment, uniformity
-    probe = OnlineProbe(encoder, num_classes, device)   learns beside the encoder, which does not notice
+    probe = OnlineProbe(encoder, num_classes, device)   a linear classifier, trained on detached features
 
 Neither encodes an image, draws a random number or waits for the device.
 Chen et al. 2020, arXiv:2002.05709, section 5.1 and appendix B.6; Wang and Isola 2020, arXiv:2005.10242.
@@ -51,29 +51,30 @@ def contrast(first: Tensor, second: Tensor, temperature: float) -> dict[str, Ten
 
 
 class OnlineProbe:
-    """A linear classifier of the features that the encoder makes while it learns, both views of each image.
+    """A linear classifier, trained during the run on the encoder's detached features of both views.
 
-    Nothing goes back to the encoder, so weights, loss and random numbers of the run are bitwise those without a probe.
-    Features are standardised over the micro-batch, whatever their scale has become; plain SGD at a constant rate needs
-    no state but `linear`. It belongs to one process, the main one in a run, and learns from the images of that process
-    alone, so that nothing is exchanged.
+    No gradient reaches the encoder: weights, loss and random numbers of the run are bitwise those without a probe.
+    Features are standardised over the micro-batch, because their scale changes during training. Plain SGD at a constant
+    rate needs no state but `linear`. Only one process (in a run the main one) has a probe, and trains it on its own
+    images, so that nothing is exchanged.
     """
 
     def __init__(self, encoder: Encoder, num_classes: int, device: torch.device | str) -> None:
-        """encoder is on `device`; from here on its outputs are noticed."""
+        """The encoder is on `device`; a forward hook keeps its last output from now on."""
         self.linear = zero_linear(encoder.num_features, num_classes).to(device).requires_grad_(False)
         self._features = self._logits = self._labels = torch.empty(0)  # of the last micro-batch
-        encoder.register_forward_hook(self._notice)
+        encoder.register_forward_hook(self._keep_features)
 
-    def _notice(self, _module: nn.Module, _inputs: Any, features: Tensor) -> None:
+    def _keep_features(self, _module: nn.Module, _inputs: Any, features: Tensor) -> None:
         self._features = features.detach()
 
     @torch.no_grad()
     def learn(self, labels: Tensor, share: float) -> None:
-        """Step down the cross-entropy of the micro-batch that the encoder has just encoded.
+        """One step of gradient descent on the micro-batch that the encoder encoded last.
 
         labels  (m,) int64 on the CPU; ValueError for one that is no class.
-        share   of the batch, to which the step is proportional. Features that are not finite count as 0.
+        share   of the batch that the micro-batch is; the step is proportional to it.
+        Features that are not finite count as 0.
         """
         low, high = map(int, labels.aminmax())
         if low < 0 or high >= self.linear.out_features:
@@ -94,5 +95,5 @@ class OnlineProbe:
         self.linear.bias.sub_(error.sum(0), alpha=rate)
 
     def accuracy(self) -> Tensor:
-        """() 0 … 1, on both views of the last micro-batch, before the step that it made."""
+        """() 0 … 1, on both views of the last micro-batch, before it was learned."""
         return (self._logits.argmax(1) == self._labels).float().mean()

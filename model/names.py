@@ -12,8 +12,8 @@ from typing import Literal
 
 Names = Literal["torchvision", "timm", "lightly", "solo-learn"]
 
-# What stands where in a Sequential of the children: of torchvision's ResNet, and of lightly's, which keeps ReLU and
-# pooling in forward().
+# Positions of the children in a Sequential: of torchvision's ResNet, and of lightly's, which has ReLU and pooling in
+# forward().
 _CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 _LIGHTLY_CHILDREN = {"0": "conv1", "1": "bn1", "2": "layer1", "3": "layer2", "4": "layer3", "5": "layer4"}
 _COPY = re.compile(r"(^|[._])(momentum|teacher|target|ema|key|k)([._]|$)")  # in the prefix of a second encoder
@@ -25,15 +25,15 @@ def to_torchvision(keys: Collection[str]) -> dict[str, str]:
     Raises ValueError if there is none, or more than one that is not a momentum copy.
     """
     named = re.compile(r"(.*\.|)layer1\.0\.conv1\.weight")
-    prefixes: dict[str, dict[str, str] | None] = {found[1]: None for found in map(named.fullmatch, keys) if found}
+    prefixes: dict[str, dict[str, str] | None] = {match[1]: None for match in map(named.fullmatch, keys) if match}
     numbered = {key.removesuffix("0.weight") for key in keys if re.search(r"(^|\.)0\.weight$", key)}
     prefixes |= {p: _LIGHTLY_CHILDREN for p in numbered if f"{p}2.0.conv1.weight" in keys}
     prefixes |= {p: _CHILDREN for p in numbered - prefixes.keys() if f"{p}4.0.conv1.weight" in keys}
-    found = sorted(prefix for prefix in prefixes if not _COPY.search(prefix)) or sorted(prefixes)
-    if len(found) != 1:
-        several = f"several: {', '.join(map(repr, found))}" if found else f"none among {sorted(keys)[:3]} ..."
-        raise ValueError(f"expected one ResNet under torchvision's, timm's, lightly's or solo-learn's names; {several}")
-    prefix, children = found[0], prefixes[found[0]]
+    encoders = sorted(prefix for prefix in prefixes if not _COPY.search(prefix)) or sorted(prefixes)
+    if len(encoders) != 1:
+        number = f"several: {', '.join(map(repr, encoders))}" if encoders else f"none among {sorted(keys)[:3]} ..."
+        raise ValueError(f"expected one ResNet under torchvision's, timm's, lightly's or solo-learn's names; {number}")
+    prefix, children = encoders[0], prefixes[encoders[0]]
     renamed: dict[str, str] = {}
     for key in keys:
         first, _, rest = key.removeprefix(prefix).partition(".")

@@ -1,8 +1,9 @@
 """NT-Xent in tiles of the matrix, none of which is stored: the CPU's implementation, and any device's without kernels.
 
-One triangle of tiles of the rank's own block, each a product, an exp and a sum in cache; the mirror image of a tile
-is its transpose. Columns of other ranks have no mirror image here, so their tiles serve this rank's rows alone.
-Products, in units of M x M x D: 1/2 for the sums, 1/2 + 1 for the gradient, where storing e would take 1 + 2.
+Among this rank's own rows only one triangle of tiles is computed, each a product, an exp and a sum that stay in the
+cache; the mirror image of a tile is its transpose. Tiles whose columns are other ranks' rows have no mirror image here
+and serve this rank's rows alone. Products, in units of M x M x D: 1/2 for the sums, 1/2 + 1 for the gradient, where
+storing e would take 1 + 2. The loss and the letters are explained in `model.nt_xent`.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def add_tiles(
 
 
 def _in_order(compute: Callable[[Any], Any], tiles: Iterable[Any], threads: int) -> Iterator[Any]:
-    """compute(tile) of each tile, in their order, computed by so many threads at most two tiles a thread ahead."""
+    """compute(tile) for every tile, yielded in their order. `threads` threads work at most two tiles a thread ahead."""
     if threads == 1:
         yield from map(compute, tiles)
         return
@@ -127,9 +128,9 @@ def _in_order(compute: Callable[[Any], Any], tiles: Iterable[Any], threads: int)
 
 
 class _Caller(threading.local):
-    """What the thread that called nt_xent had before `one_thread_each`."""
+    """For every thread that calls nt_xent: how many threads torch gave an operation before `one_thread_each`."""
 
-    num_threads = 1  # that torch gave to one operation
+    num_threads = 1
 
 
 _caller = _Caller()
@@ -153,11 +154,11 @@ def one_thread_each(device: str) -> Iterator[None]:
 
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    """Threads on which torch works alone. torch.set_num_threads speaks for its own thread and for threads to come."""
+    """Threads that run torch's operations alone. set_num_threads holds for the calling thread and for new ones."""
     barrier = threading.Barrier(threads + 1)
 
     def alone() -> None:
-        torch.get_num_threads()  # a thread's first question sets its number to the process's; only then set our own
+        torch.get_num_threads()  # a thread's first call sets its number to the process's, and would undo the next line
         torch.set_num_threads(1)
         torch.set_grad_enabled(False)
         barrier.wait()

@@ -1,6 +1,6 @@
 """How good are the features? Weighted kNN, the paper's linear classifier, and logistic regression.
 
-They work on features, or on batches of anything, and know nothing of where images come from. Deterministic on the CPU.
+They take features, or batches of any kind, wherever the images come from. Deterministic on the CPU.
 kNN: Wu et al. 2018, arXiv:1805.01978, section 3.4. Classifiers: Chen et al. 2020, arXiv:2002.05709, appendix B.5, 6, 8.
 """
 
@@ -27,23 +27,23 @@ def features(
 ) -> tuple[Tensor, Tensor]:
     """Encode every batch of (images (n, 3, S, S), labels (n,)): features (M, F) of `dtype` and labels (M,), on the CPU.
 
-    The encoder, already on `device`, runs in evaluation mode, then each of its modules goes back to its own. float16
+    The encoder, already on `device`, runs in evaluation mode; its modules' own modes are restored afterwards. float16
     halves the memory (ResNet-50 on ImageNet is 10.5 GB in float32). Raises ValueError if there is no batch.
     """
     modes = [(module, module.training) for module in encoder.modules()]
     encoder.eval()
-    found: list[Tensor] = []
+    encoded: list[Tensor] = []
     labels: list[Tensor] = []
     try:
         for images, targets in batches:
-            found.append(encoder(images.to(device)).to("cpu", dtype))
+            encoded.append(encoder(images.to(device)).to("cpu", dtype))
             labels.append(targets.reshape(-1).to("cpu", torch.int64, copy=True))
     finally:
         for module, training in modes:
             module.training = training
-    if not found:
+    if not encoded:
         raise ValueError("no batch to compute features of")
-    return torch.cat(found), torch.cat(labels)
+    return torch.cat(encoded), torch.cat(labels)
 
 
 def correct(scores: Tensor, labels: Tensor, ks: Sequence[int] = (1, 5)) -> Tensor:
@@ -74,7 +74,7 @@ def knn_votes(
     num_classes: int,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """What each class gets in a weighted vote among each query's k nearest bank rows: (Q, num_classes), on the CPU.
+    """Weighted votes of every query's k nearest bank rows for every class: (Q, num_classes), on the CPU.
 
     bank_features, query_features  (M, F) and (Q, F), any float type; normalised here, compared by cosine.
     bank_labels                    (M,), in 0 … num_classes - 1; anything else is a ValueError.
@@ -89,14 +89,14 @@ def knn_votes(
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
     bank, labels = normalize(bank_features.to(device, torch.float32), dim=1), bank_labels.to(device)
-    found = []
+    votes_of_parts = []
     for queries in query_features.split(max(1, CHUNK_ELEMENTS // len(bank))):
         similarity, nearest = (normalize(queries.to(device, torch.float32), dim=1) @ bank.T).topk(k)
         # relative to the nearest, which changes no vote's winner and cannot overflow at a small temperature
         weight = ((similarity - similarity[:, :1]) / temperature).exp()
         votes = torch.zeros(len(queries), num_classes, device=device).scatter_add_(1, labels[nearest], weight)
-        found.append(votes.masked_fill_(votes == 0, -torch.inf).cpu())
-    return torch.cat(found) if found else torch.empty(0, num_classes)
+        votes_of_parts.append(votes.masked_fill_(votes == 0, -torch.inf).cpu())
+    return torch.cat(votes_of_parts) if votes_of_parts else torch.empty(0, num_classes)
 
 
 def knn(

@@ -1,4 +1,4 @@
-"""What a run tells as it goes on: rows of metrics.jsonl and speed.jsonl, numbers for a tracker, lines to read."""
+"""A run's progress: rows of metrics.jsonl and speed.jsonl, numbers for a tracker, and printed lines."""
 
 import math
 import resource
@@ -16,7 +16,7 @@ from model.step import Outcome
 
 
 class Report:
-    """Outcomes of steps wait here, on their device, until `write`: the one place where the host waits for it."""
+    """Collects the outcomes of steps on their device. Only `write` makes the host wait for it."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class Report:
         self.start_clock()
 
     def start_clock(self) -> None:
-        """Training goes on now: evaluation and saving do not count."""
+        """Training continues now: evaluation and saving before it do not count."""
         self._since = time.perf_counter()
 
     def add(self, step: int, outcome: Outcome, lr: float) -> None:
@@ -87,7 +87,7 @@ class Report:
             self.track({"knn": knn}, step)
 
     def end(self, encoder: str) -> None:
-        """Where everything lies, and what training gained; a resumed run may have got its queries on the way."""
+        """Print where everything lies, and the kNN accuracy before and after training where both are known."""
         out, scores = self.log.out, self.log.knn()
         self.say(
             f"encoder      {encoder}\ncheckpoints  {out / 'checkpoints'}\nmetrics      {out / 'metrics.jsonl'}\n"
@@ -116,7 +116,7 @@ class Report:
         return rows, f"rank {', '.join(map(str, ranks))}" if ranks else no_rank
 
     def _contrast(self, z: Tensor) -> dict[str, float | None]:
-        """How the main process's first views do among the second views of all, and its probe."""
+        """The contrast of the main process's first views with all second views, and its probe's accuracy."""
         first, second = z.chunk(2)
         second = self.gather(second)
         if not self.log.main:

@@ -172,9 +172,10 @@ def read_rows(file: Path, faults: list[str] | None = None) -> list[dict[str, Any
 
 
 class Log:
-    """The run folder's files; only the main process writes, but for the end that another one meets.
+    """The run folder's files. Only the main process writes, except that any process records its failure.
 
-    holder  of the claim that the main process has on `out`. Notes are lines about files that were found damaged.
+    holder  of the claim that the main process has on `out`.
+    notes   lines about files that were damaged.
     """
 
     def __init__(self, out: Path, rank: int, holder: str) -> None:
@@ -188,7 +189,7 @@ class Log:
             self._status("running", "setting up")  # no longer how it ended last time
 
     def start(self, config: dict[str, Any], resume_at: int) -> None:
-        """Rows of steps after `resume_at` will be written again; of those before it, what is damaged is left out."""
+        """Remove the rows of steps after `resume_at`, which will be written again, and damaged rows before it."""
         self.started, self.step = True, resume_at
         if not self.main:
             return
@@ -217,15 +218,16 @@ class Log:
         self._append("speed.jsonl", [row])
 
     def damaged(self, samples: Sequence[tuple[str, str, str]]) -> None:
-        """damaged.jsonl: the samples that were replaced, as (shard, key, problem), each once; for quarantine --from."""
-        rows = {each[:2]: dict(zip(("shard", "key", "problem"), each, strict=True)) for each in samples}
+        """damaged.jsonl: replaced samples (shard, key, problem), every one once; `quarantine --from` reads it."""
+        names = ("shard", "key", "problem")
+        rows = {sample[:2]: dict(zip(names, sample, strict=True)) for sample in samples}
         new = {place: row for place, row in rows.items() if place not in self.replaced}
         if new:
             self._append("damaged.jsonl", list(new.values()))
             self.replaced |= new
 
     def status(self, state: Literal["running", "preempted", "failed", "done"], message: str = "") -> None:
-        """status.json, for whatever watches the run: exit codes do not survive the launcher.
+        """Write status.json for programs that watch the run: the launcher hides exit codes.
 
         Any process writes that it failed, once the folder is a run's and as long as it is this one's. The first one's
         words stay: the others then fail because it is gone.
@@ -249,12 +251,12 @@ class Log:
             raise
 
     def knn(self) -> dict[int, float]:
-        """Accuracies logged so far by step; empty off the main process."""
+        """Accuracies logged so far, by step; empty on other processes than the main one."""
         rows = read_rows(self.out / "metrics.jsonl") if self.main else []
         return {row["step"]: row["knn"] for row in rows if "knn" in row}
 
     def _state(self) -> str | None:
-        """What status.json says; None if there is none, "damaged" if it says nothing."""
+        """The state in status.json; None if there is no such file, "damaged" if it cannot be read."""
         try:
             state = json.loads(read_bytes(self.out / "status.json"))["state"]
         except FileNotFoundError:
@@ -286,7 +288,7 @@ class Log:
         write_text(self.out / name, "".join(json.dumps(row) + "\n" for row in rows))
 
     def _note(self, name: str, what: str) -> None:
-        """One line for each file: further faults of it join the first."""
+        """Add a note; further faults of the same file join its line."""
         start = f"{self.out / name} was damaged: "
         if self.notes and self.notes[-1].startswith(start):
             self.notes[-1] += f"; {what}"

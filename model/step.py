@@ -18,7 +18,7 @@ from model.simclr import SimCLR
 
 
 class Outcome(NamedTuple):
-    """What a step came to: () float32 tensors, still on their device, so that nothing waits for them."""
+    """The result of a step: () float32 tensors, still on their device, so that nothing waits for them."""
 
     loss: Tensor  # of this process's rows
     skipped: Tensor  # 1 if the gradient was not finite and nothing changed, else 0; the same on all processes
@@ -65,7 +65,7 @@ def build_optimizer(
     sgd = torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=True)
     if momentum:
         for param in (param for group in sgd.param_groups for param in group["params"]):
-            # torch makes them in the first step without filling them, and leaves them so if that is skipped
+            # torch creates them uninitialised in the first step, and leaves them so if that step is skipped
             sgd.state[param]["momentum_buffer"] = torch.zeros_like(param)
     return sgd
 
@@ -86,7 +86,7 @@ class Training:
     z: Tensor  # (2n, D) of the last step
 
     def step(self, micro_batches: Iterable[Tensor], lr: float, part: Plan | None = None) -> Outcome:
-        """One update from a batch in micro-batches of views; `part` where it is not `plan` that they follow."""
+        """One update from a batch in micro-batches of views, which follow `plan`, or `part` if that is given."""
         part = part or self.plan
 
         def loss_of(z: Tensor) -> Tensor:
