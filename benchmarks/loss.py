@@ -221,7 +221,8 @@ def sweep(device: str, sizes: list[int], dim: int, temperature: float, budget_s:
             limits = {}
             if device == "cpu":
                 limits = cpu_limits(rows, dim)[mode]
-                runs["chunked, torch's threads"] = _on_torchs_threads(runs["chunked"])
+                if "chunked" in runs:
+                    runs["chunked, torch's threads"] = _on_torchs_threads(runs["chunked"])
             timings = time_interleaved(runs | limits, device, min_runs=5 if rows < 8192 else 3, budget_s=budget_s)
             if device == "cuda":
                 timings |= {what: Timing(ms, ms, ms, 0) for what, ms in cuda_limits(rows, dim)[mode].items()}
