@@ -204,8 +204,11 @@ class Log:
                 self._note(name, f"rows of {what} up to the checkpoint are lost")
             self._write_rows(name, rows)
         if (self.out / "damaged.jsonl").exists():
-            rows = [row for row in self._rows("damaged.jsonl") if {"shard", "key"} <= row.keys()]
-            self.replaced = {(row["shard"], row["key"]): row for row in rows}
+            rows = self._rows("damaged.jsonl")
+            named = [row for row in rows if isinstance(row.get("shard"), str) and isinstance(row.get("key"), str)]
+            if len(named) < len(rows):
+                self._note("damaged.jsonl", f"{len(rows) - len(named)} lines name no shard and key, and are left out")
+            self.replaced = {(row["shard"], row["key"]): row for row in named}
             self._write_rows("damaged.jsonl", list(self.replaced.values()))
         write_text(self.out / "config.json", json.dumps(config, indent=1))
         if self._state() != "failed":  # on another rank, meanwhile

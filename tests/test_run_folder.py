@@ -242,8 +242,9 @@ def test_damaged_rows_are_left_out_and_what_is_lost_is_said(tmp_path: Path) -> N
         assert "up to the checkpoint are lost" in note
     (tmp_path / "metrics.jsonl").write_bytes(whole["metrics.jsonl"])
     (tmp_path / "speed.jsonl").unlink()
-    (tmp_path / "damaged.jsonl").write_bytes(b"nothing\n" + whole["damaged.jsonl"])
+    (tmp_path / "damaged.jsonl").write_bytes(b'nothing\n{"shard": [], "key": {}}\n{}\n' + whole["damaged.jsonl"])
     log = begun(tmp_path, step=4)
+    assert log.notes[1].endswith("; 2 lines name no shard and key, and are left out")
     assert [note.partition(" was damaged")[0] for note in log.notes] == [
         str(tmp_path / name) for name in ("speed.jsonl", "damaged.jsonl")
     ]
