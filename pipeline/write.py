@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from importlib.metadata import version
-from itertools import islice
+from itertools import count, islice, takewhile
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -44,6 +44,7 @@ from tools.files import (
     create,
     empty,
     flush,
+    open_binary,
     read_text,
     remove,
     remove_workspace,
@@ -124,7 +125,7 @@ def write_shards(
                     part.shard = _rename(folder, part.shard, f"{name}-{num:06d}.tar")
                     num += 1
                 parts.append(part)
-                _record(folder, job, part)
+                _record(folder, job, parts)
                 if progress:
                     progress(bounds[len(parts)], len(samples))
             if not num:
@@ -305,10 +306,7 @@ def _finished(folder: Path, job: dict[str, Any]) -> list[_Part]:
     if not journal.exists():
         return []
     lines = read_text(journal, "ascii", "replace").splitlines(keepends=True)
-    records: list[dict[str, Any]] = []
-    with contextlib.suppress(ValueError):  # the last line may be cut off in the middle
-        records.extend(map(json.loads, lines))
-    saved, *finished = records or [job]
+    saved, *finished = list(takewhile(bool, map(_recorded, count(), lines))) or [job]
     if different := [key for key in job if saved.get(key) != job[key]]:
         raise DatasetError(
             f"{folder} holds {len(finished)} finished shards of another job: {', '.join(different)} differ. "
@@ -318,7 +316,7 @@ def _finished(folder: Path, job: dict[str, Any]) -> list[_Part]:
     for fields in finished:
         shard, raw = fields.pop("shard"), fields.pop("raw")
         part = _Part(shard=shard and Shard(**shard), raw=raw and tuple(raw), **fields)
-        if part.shard and shard_fault(f"{folder}/{part.shard.file}", f"{folder}/{part.shard.index}", part.shard):
+        if part.shard and not _is_whole(folder, part.shard):
             break
         parts.append(part)
     known = {name for part in parts if part.shard for name in (part.shard.file, part.shard.index)}
@@ -329,13 +327,35 @@ def _finished(folder: Path, job: dict[str, Any]) -> list[_Part]:
     return parts
 
 
-def _record(folder: Path, job: dict[str, Any], part: _Part) -> None:
-    """Add a finished part to the journal; there is none before the first."""
-    journal, line = folder / JOURNAL, f"{json.dumps(asdict(part))}\n"
-    if journal.exists():
-        append(journal, line.encode())
+def _is_whole(folder: Path, shard: Shard) -> bool:
+    """Whether tar and index are as they were written; a GB takes about a second."""
+    if shard_fault(f"{folder}/{shard.file}", f"{folder}/{shard.index}", shard):
+        return False
+    with open_binary(folder / shard.file) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
+
+
+def _record(folder: Path, job: dict[str, Any], parts: Sequence[_Part]) -> None:
+    """Add the last of the finished parts to the journal; there is none before the first."""
+    journal, number = folder / JOURNAL, len(parts)
+    if number == 1:
+        write_new(journal, _journal_line(0, job) + _journal_line(1, asdict(parts[0])))
     else:
-        write_new(journal, f"{json.dumps(job)}\n{line}")
+        append(journal, _journal_line(number, asdict(parts[-1])).encode())
+
+
+def _journal_line(number: int, record: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps([number, record]).encode()).hexdigest()
+    return f"{json.dumps({'sha256': digest, 'record': record})}\n"
+
+
+def _recorded(number: int, line: str) -> dict[str, Any]:
+    """What a line of the journal records; nothing if it is cut off, damaged or not of this number."""
+    try:
+        record = json.loads(line)["record"]
+        return record if _journal_line(number, record) == line else {}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return {}
 
 
 def _rename(folder: Path, shard: Shard, file: str) -> Shard:

@@ -527,9 +527,13 @@ def test_another_job_does_not_take_over_what_an_interrupted_one_left(tmp_path: P
     assert contents(tmp_path / ".set.partial") == before
 
 
-@pytest.mark.parametrize("damage", ["torn journal", "truncated tar", "missing index", "torn first line"])
+DAMAGES = ["torn journal", "truncated tar", "missing index", "torn first line"]
+DAMAGES += ["changed tar", "changed count", "line twice", "line of another type", "deep JSON"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_what_is_not_whole_is_written_again(tmp_path: Path, damage: str) -> None:
-    """A power cut may leave more behind than a killed process does."""
+    """A power cut or a bad disk may leave more behind than a killed process does."""
     whole = write_shards(pictures(8), tmp_path / "whole", classes=names(8), shard_size=2)
     with pytest.raises(RuntimeError, match="6 of 8"):
         write_shards(pictures(8), tmp_path / "set", classes=names(8), shard_size=2, progress=stop_after(6))
@@ -542,6 +546,15 @@ def test_what_is_not_whole_is_written_again(tmp_path: Path, damage: str) -> None
         journal.write_bytes(first[:20])
     elif damage == "truncated tar":
         tar.write_bytes(tar.read_bytes()[:-512])
+    elif damage == "changed tar":
+        content = tar.read_bytes()
+        tar.write_bytes(content[:700] + bytes([content[700] ^ 1]) + content[701:])
+    elif damage == "changed count":
+        journal.write_bytes(first + b"".join(rest).replace(b'"jpg": 2', b'"jpg": 3'))
+    elif damage == "line twice":
+        journal.write_bytes(first + rest[0] + b"".join(rest))
+    elif damage in ("line of another type", "deep JSON"):
+        journal.write_bytes(first + rest[0] + (b"7\n" if damage[0] == "l" else b"[" * 100_000 + b"\n"))
     else:
         Path(f"{tar}.idx").unlink()
     assert contents(write_shards(pictures(8), tmp_path / "set", classes=names(8), shard_size=2).root) == contents(
