@@ -124,8 +124,12 @@ class Reader:
         """The file of its shard, and its key."""
         shard = int(self.shards(np.array([sample]))[0])
         (index,) = self.dataset.index_contents([shard])
-        line = index.decode("ascii").split("\n")[1 + sample - int(self._starts[shard])]
-        return self.dataset.shards[shard].file, members(line)[0].key
+        number = 1 + sample - int(self._starts[shard])
+        try:
+            return self.dataset.shards[shard].file, members(index.decode("ascii").split("\n")[number])[0].key
+        except ValueError as error:
+            place = f"line {number + 1} of {self.dataset.index(self.dataset.shards[shard])}"
+            raise DatasetError(f"{place} is malformed: {error}") from error
 
     def describe(self, sample: int, problem: str) -> str:
         """What is wrong with a sample, by its shard and key."""
@@ -239,7 +243,10 @@ class Reader:
         count, file = told.samples, self.dataset.index(told)
         if len(words) != each * count:
             raise DatasetError(f"{file} has {len(words)} words for {count} samples, expected {each} for each")
-        numbers = np.fromstring(b" ".join(words[1::4] + words[2::4]), np.int64, sep=" ")
+        try:
+            numbers = np.fromstring(b" ".join(words[1::4] + words[2::4]), np.int64, sep=" ")
+        except ValueError as error:
+            raise DatasetError(f"{file} is malformed: an offset or a size is no whole number") from error
         offset, size = numbers.reshape(2, count, each // 4)
         first, ends = offset.min(1), (offset + size).max(1)
         if first.min() < BLOCK or size.min() < 0 or ends.max() > told.bytes:
