@@ -2,12 +2,13 @@
 
 import functools
 import inspect
+import math
 import os
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import typer
 
@@ -15,7 +16,7 @@ from model.run_folder import Preempted
 from pipeline.views import VIEWS, make_views, parse_changes
 from tools.errors import one_message
 from tools.files import read_text
-from tools.options import options_of
+from tools.options import Option, options_of
 
 VIEW_TABLES = ("views", "second_views")  # fields of the config and tables of a file, changed by --view, --second-view
 Config = TypeVar("Config")
@@ -139,6 +140,11 @@ def read_file(path: Path, config: type) -> tuple[dict[str, Any], dict[str, dict[
     preset = found["views"].get("preset", "imagenet")
     if not isinstance(preset, str) or preset not in VIEWS:
         raise typer.BadParameter(f"{path}: [views] preset: expected one of {', '.join(VIEWS)}, got {preset!r}")
+    for name, table in found.items():
+        try:
+            make_views(preset, {key: value for key, value in table.items() if key != "preset" or name != "views"})
+        except ValueError as error:
+            raise typer.BadParameter(f"{path}: [{name}] {error}") from error
     known, kinds = options_of(config), get_type_hints(config)
     if unknown := sorted(values.keys() - known):
         raise typer.BadParameter(
@@ -146,13 +152,24 @@ def read_file(path: Path, config: type) -> tuple[dict[str, Any], dict[str, dict[
             + ", ".join(f"[{name}]" for name in VIEW_TABLES)
         )
     for name, value in values.items():
-        if isinstance(value, bool) and kinds[name] is not bool:  # Python would take it for 0 or 1
-            raise typer.BadParameter(f"{path}: {name}: expected a number or text, got {str(value).lower()}")
-        if kinds[name] is str and not isinstance(value, str):
-            raise typer.BadParameter(f"{path}: {name}: expected text in quotes, got {value!r}")
-        if isinstance(value, str) and "\0" in value:
-            raise typer.BadParameter(f"{path}: {name}: expected text without a null character, got {value!r}")
+        if expected := _expected(kinds[name], known[name], value):
+            shown = str(value).lower() if isinstance(value, bool) else repr(value)
+            raise typer.BadParameter(f"{path}: {name}: expected {expected}, got {shown}")
     return values, found
+
+
+def _expected(kind: Any, limits: Option, value: Any) -> str:
+    """What an option of a file should be, or "" if its value is that."""
+    if choices := get_args(kind):
+        return "" if value in choices else f"one of {', '.join(choices)}"
+    if kind is str:
+        return "" if isinstance(value, str) and "\0" not in value else "text in quotes, without a null character"
+    if kind is bool:
+        return "" if isinstance(value, bool) else "true or false"
+    number = "a whole number" if kind is int else "a number"
+    if type(value) not in (int, kind) or value in (math.inf, -math.inf) or value != value:
+        return number
+    return "" if limits.allows(value) else limits.expected
 
 
 def answer_help_and_mistakes(app: typer.Typer) -> None:
