@@ -21,7 +21,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
@@ -327,7 +327,8 @@ def train(
         # Start, or go on
         step, skipped = go_on(saved, training, loader, probe)
         if config.track:
-            accelerator.init_trackers("swiftclr", config={k: str(v) for k, v in asdict(config).items()})
+            values = {k: str(v) for k, v in asdict(config).items()}
+            tracking(accelerator, lambda: accelerator.init_trackers("swiftclr", config=values))
         if saved and log.main:
             log.notes += checkpoint.set_aside_newer(saved)
         k = neighbours(KNN_K, bank := min(KNN_BANK, dataset.samples))
@@ -356,7 +357,9 @@ def train(
             skipped=skipped,
             gather=accelerator.gather,
             say=accelerator.print,
-            track=(lambda values, step: accelerator.log(values, step=step)) if config.track else None,
+            track=(lambda values, step: tracking(accelerator, lambda: accelerator.log(values, step=step)))
+            if config.track
+            else None,
         )
 
         def evaluate() -> bool:
@@ -398,6 +401,8 @@ def train(
             export(path.parent, training.encoder, config, recipe, step, dataset)
             log.status("done")
         report.end(str(path))
+        tracking(accelerator, lambda: [tracker.finish() for tracker in accelerator.trackers])
+        accelerator.trackers = []
         accelerator.end_training()
         return path
 
@@ -649,6 +654,19 @@ def go_on(saved: Saved | None, training: Training, loader: Loader, probe: Online
         saved.path, model=training.network, optimizer=training.optimizer, probe=probe.linear if probe else None
     )
     return step, saved.extra.get("skipped_in_a_row", 0)
+
+
+def tracking(accelerator: Accelerator, call: Callable[[], object]) -> None:
+    """Do something with the tracker. One that fails, as without a network, is named once and then left alone.
+
+    A run of days does not end for its curves: metrics.jsonl has them too.
+    """
+    try:
+        call()
+    except Exception as error:  # trackers raise what they like
+        accelerator.trackers = []
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        accelerator.print(f"note: the tracker failed and gets no more values, only metrics.jsonl does ({said})")
 
 
 def changed_sums(saved: Saved | None, config: TrainConfig, world_size: int) -> list[str]:

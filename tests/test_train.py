@@ -35,7 +35,7 @@ from typer.testing import CliRunner
 import tools.make_shards
 import tools.ranks
 import train
-from model.checkpoint import OWN_HASH, NotFiniteError, latest, save
+from model.checkpoint import OWN_HASH, NotFiniteError, latest, latest_whole, save
 from model.encoder import build_encoder
 from model.encoder_file import load_encoder
 from model.nt_xent import nt_xent
@@ -1064,6 +1064,49 @@ def test_only_broken_weights_are_the_learning_rate_s_fault(
     assert str(error) in str(done.exception if not advice else done.stderr)
 
 
+def test_a_run_goes_on_after_its_memory_was_full(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line says which options to lower; the checkpoint before it is whole, and the run ends as if nothing was."""
+    common = ("--data", str(shards), "--steps", "4", "--checkpoint-every", "2", "--micro-batch", "8")
+    out, real, calls = tmp_path / "run", train_step, iter(range(3))
+
+    def full(*arguments: Any, **more: Any) -> Outcome:
+        if next(calls) == 2:
+            raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB, of which 1.50 GiB is free.")
+        return real(*arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("model.step.train_step", full)
+        done = run(*common, "--out", str(out))
+    assert done.exit_code == 1
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.endswith("of which 1.50 GiB is free. Give a smaller --micro-batch or --keep-graphs."), done.stderr
+    assert json.loads((out / "status.json").read_text())["state"] == "failed"
+    assert latest_whole(out / "checkpoints") == (out / "checkpoints/step-0000002", [])
+    for folder in (out, tmp_path / "whole"):
+        done = run(*common, "--out", str(folder), "--resume")
+        assert done.exit_code == 0, done.output
+    assert ends(out) == ends(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("where", ["start", "log", "finish"])
+def test_a_tracker_that_fails_ends_no_run(
+    where: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a network, say: one line names it, and the rows are those of a run without a tracker."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ConnectionError("api.tracker.invalid: no address\nassociated with hostname")
+
+    monkeypatch.setattr(f"accelerate.tracking.TensorBoardTracker.{where}", fail)
+    common = ("--data", str(shards), "--steps", "2", "--log-every", "1")
+    done = run(*common, "--out", str(tmp_path / "tracked"), "--track", "tensorboard")
+    assert done.exit_code == 0, done.output
+    said = "note: the tracker failed and gets no more values, only metrics.jsonl does (ConnectionError: api.tracker"
+    assert done.output.count(said) == 1
+    assert run(*common, "--out", str(tmp_path / "plain")).exit_code == 0
+    assert ends(tmp_path / "tracked") == ends(tmp_path / "plain")
+
+
 def test_tools_keep_the_traceback_of_what_is_not_theirs() -> None:
     for error in (torch.OutOfMemoryError("CUDA is full"), RecursionError("too deep")):
         with pytest.raises(type(error)), one_message("tool"):
@@ -1155,6 +1198,19 @@ def test_statistics_count_images_of_a_process_or_of_all_that_share_them() -> Non
         train.check_config(config, world_size=4)
     train.check_config(replace(config, sync_bn=True), world_size=4)
     train.check_config(replace(config, head="none", projection_dim=1))  # there is no layer of that width
+
+
+def test_processes_that_do_not_see_each_other_are_refused(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would train the whole batch alone and write the same folder; the line says how to start them instead."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    done = run("--data", str(shards), "--out", str(tmp_path / "run"))
+    assert done.exit_code == 2, done.output
+    assert "the launcher started 2 processes, but each sees 1" in done.stderr
+    assert "use accelerate launch --multi_gpu --num_processes N train.py" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_is_never_overwritten_nor_resumed_with_other_settings(shards: Path, tmp_path: Path) -> None:
