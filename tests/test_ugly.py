@@ -656,7 +656,7 @@ def test_verify_and_quarantine_work_hand_in_hand(tmp_path: Path) -> None:
     [
         (["verify", "nowhere"], "nowhere is no data set: it does not exist"),
         (["quarantine", "nowhere", "key"], "nowhere is no data set: it does not exist"),
-        (["quarantine", "set"], "there is no key to leave out"),
+        (["quarantine", "set"], "the command names no key to leave out"),
         (["quarantine", "set", "key"], "has no sample key"),
         (["quarantine", "set", "--from", "set/dataset.json"], "is not a report of verify"),
     ],

@@ -401,7 +401,9 @@ def quarantine(
             except (ValueError, KeyError, TypeError) as error:
                 raise DatasetError(f"{report} is not a report of verify: {type(error).__name__}: {error}") from error
         if not chosen:
-            raise DatasetError("there is no key to leave out: name keys, or a report that does with --from")
+            raise DatasetError(
+                f"{report or 'the command'} names no key to leave out: name keys, or a report that does with --from"
+            )
         dataset = quarantine(folder, chosen)
         out = len(dataset.counts["quarantined"])
         typer.echo(f"{folder}: {dataset.samples} samples in {len(dataset.shards)} shards, {out} in quarantine")
