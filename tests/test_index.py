@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 from pipeline.audit import Fault, quarantine, verify
 from pipeline.images import ppm
 from pipeline.index import KINDS, index_tars
-from pipeline.loader import build_eval_loader
+from pipeline.loader import Loader, build_eval_loader
 from pipeline.shards import (
     Dataset,
     DatasetError,
@@ -259,6 +259,23 @@ def test_the_loader_takes_an_indexed_set_like_any_other(tmp_path: Path, labelled
     batches = list(build_eval_loader(dataset, ViewConfig(size=16), 5, torch.device("cpu"), num_threads=1))
     assert [len(images) for images, _ in batches] == [5]
     assert not labelled or batches[0][1].tolist() == [0, 1, 2, 0, 1]
+
+
+def test_tars_of_any_sizes_give_every_process_the_same_number_of_steps(tmp_path: Path) -> None:
+    """1, 3 and 17 samples for 2 processes: equal steps in each of two epochs, all samples but the rest, none twice."""
+    for name, num in (("a", 1), ("b", 3), ("c", 17)):
+        make_tar(tmp_path / f"{name}.tar", entries(num))
+    dataset = index_tars([tmp_path], tmp_path / "set")
+    loaders = [
+        Loader(dataset, ViewConfig(size=16), 4, torch.device("cpu"), rank=rank, world_size=2, num_threads=1)
+        for rank in range(2)
+    ]
+    assert [loader.steps_per_epoch for loader in loaders] == [5, 5]
+    for epoch in range(2):
+        batches = [next(loader) for _ in range(5) for loader in loaders]
+        assert {batch.epoch for batch in batches} == {epoch}
+        samples = [number for batch in batches for number in batch.samples.tolist()]
+        assert len(samples) == len(set(samples)) == 20
 
 
 # ---- where the tars lie

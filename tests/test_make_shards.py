@@ -70,6 +70,26 @@ def images_by_class(out: Path) -> set[tuple[str, bytes]]:
     }
 
 
+def test_names_and_zones_of_any_country_change_nothing(tmp_path: Path) -> None:
+    """The C locale, a far time zone, files of 2001: paths, class names and bytes are those of anywhere else."""
+    source = fill(tmp_path / "ü 猫 'a'", "Émile/é.jpg", "b c/1.jpg", "猫/" + "long " * 40 + ".jpg")
+    abroad = os.environ | {"LC_ALL": "C", "LANG": "C", "TZ": "Pacific/Kiritimati"}
+    out = tmp_path / "out é 猫"
+    done = subprocess.run(
+        [sys.executable, "tools/make_shards.py", "folder", str(source), str(out), "--workers", "1"],
+        cwd=Path(__file__).parents[1],
+        env=abroad,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    for path in source.rglob("*"):
+        os.utime(path, (1e9, 1e9))
+    assert run("folder", source, tmp_path / "here").exit_code == 0
+    assert read_dataset(out).classes == ("b c", "Émile", "猫")
+    here = {path.name: path.read_bytes() for path in (tmp_path / "here").iterdir()}
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == here
+
+
 def test_labels_are_those_of_torchvision_s_image_folder(tmp_path: Path) -> None:
     """Names with upper case, spaces, digits and other alphabets; images at any depth; suffixes in any case."""
     from torchvision.datasets import ImageFolder
