@@ -331,6 +331,7 @@ def train(
             tracking(accelerator, lambda: accelerator.init_trackers("swiftclr", config=values))
         if saved and log.main:
             log.notes += checkpoint.set_aside_newer(saved)
+            checkpoint.prune(saved.path.parent, config.keep, saved.path)  # a run killed in its last save makes no other
         k = neighbours(KNN_K, bank := min(KNN_BANK, dataset.samples))
         votes = {"knn_k": k} if queries else {}
         log.start({"command": shlex.join(["train.py", *sys.argv[1:]]), **asdict(config), **votes}, step)

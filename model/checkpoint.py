@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from model.tensor_files import DamagedError, first_not_finite, read_tensors, write_tensors
-from tools.files import flush, make_folder, open_binary, read_bytes, workspace, write_new
+from tools.files import flush, make_folder, open_binary, read_bytes, remove_abandoned, workspace, write_new
 
 FORMAT = 1
 ALWAYS = ("model.safetensors", "optimizer.safetensors")  # files of every checkpoint
@@ -94,13 +94,21 @@ def save(
         flush(partial)
         os.rename(partial, final)
         flush(folder)
-    # a run gone back to an earlier step saves below the newest; what holds no state is not of ours
-    old = [path for _, path in _published(folder)[:-keep] if path != final and (path / "state.json").is_file()]
+    prune(folder, keep, final)
+    return final
+
+
+def prune(folder: Path, keep: int, saved: Path) -> None:
+    """Remove all checkpoints but the newest `keep` and this one, and what a killed process has left of others.
+
+    A run gone back to an earlier step saves below the newest. What holds no state is not of ours.
+    """
+    remove_abandoned(folder, WORKSPACE)
+    old = [path for _, path in _published(folder)[:-keep] if path != saved and (path / "state.json").is_file()]
     if old:
         with workspace(folder, WORKSPACE) as inside:  # killed half-way through, they must not look like checkpoints
             for path in old:
                 os.rename(path, inside / path.name)
-    return final
 
 
 def latest(folder: str | Path) -> Path | None:

@@ -48,6 +48,7 @@ from tests.oracles.monitor import contrast
 from tests.processes import Program, spawn
 from tools import signals
 from tools.errors import one_message
+from tools.files import write_mark
 from tools.runs import training_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -281,11 +282,18 @@ def test_a_compiled_run_is_the_eager_one_under_the_same_names(
 
 
 def test_a_finished_run_may_be_resumed_with_queries_added(shards: Path, tmp_path: Path) -> None:
-    """There is nothing left to train, and no accuracy from before to compare with; it just ends well again."""
-    common = ("--data", str(shards), "--out", str(tmp_path / "run"), "--steps", "2")
-    assert run(*common).exit_code == 0
+    """There is nothing left to train, and no accuracy from before to compare with; it just ends well again.
+
+    What a kill in the last save has left goes: a workspace, and the oldest checkpoint but for those kept.
+    """
+    common = ("--data", str(shards), "--out", str(tmp_path / "run"), "--steps", "3", "--checkpoint-every", "1")
+    assert run(*common, "--keep", "3").exit_code == 0
+    left = tmp_path / "run/checkpoints/.checkpoint.abcdefgh.tmp"
+    left.mkdir()
+    write_mark(left)
     done = run(*common, "--resume", "--eval-data", str(shards))
     assert (done.exit_code, "random initialisation" in done.output) == (0, False), done.output
+    assert sorted(path.name for path in left.parent.iterdir()) == ["step-0000002", "step-0000003"]
 
 
 def test_equal_seeds_give_equal_runs(shards: Path, tmp_path: Path) -> None:

@@ -206,11 +206,9 @@ def workspace(folder: Path, name: str) -> Iterator[Path]:
     What killed processes left for the same name goes first.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    start = f".{name[:40]}."  # a name has at most 255 bytes
-    for left in folder.glob(f"{glob.escape(start)}????????.tmp"):
-        _remove_abandoned(left)
+    remove_abandoned(folder, name)
     try:
-        path = Path(tempfile.mkdtemp(".tmp", start, folder))
+        path = Path(tempfile.mkdtemp(".tmp", _start(name), folder))
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(folder)) from error
     held = _hold(path)
@@ -221,6 +219,22 @@ def workspace(folder: Path, name: str) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             remove_workspace(path)
         os.close(held)
+
+
+def _start(name: str) -> str:
+    return f".{name[:40]}."  # a name has at most 255 bytes
+
+
+def remove_abandoned(folder: Path, name: str) -> None:
+    """Remove the workspaces of processes that are gone; whatever else has such a name stays."""
+    for path in folder.glob(f"{glob.escape(_start(name))}????????.tmp"):
+        with contextlib.suppress(OSError):  # a link or a file, in use, or not to be removed by us
+            held = _hold(path)
+            try:
+                if _is_marked(held):
+                    remove_workspace(path)
+            finally:
+                os.close(held)
 
 
 def take_unfinished(path: Path) -> int:
@@ -307,14 +321,3 @@ def _in_the_way(path: Path) -> FileExistsError:
         f"it is in the way, and no folder that a killed command left (without {MARK}): remove it",
         str(path),
     )
-
-
-def _remove_abandoned(path: Path) -> None:
-    """Remove a workspace whose process is gone; whatever else has such a name stays."""
-    with contextlib.suppress(OSError):  # a link or a file, in use, or not to be removed by us
-        held = _hold(path)
-        try:
-            if _is_marked(held):
-                remove_workspace(path)
-        finally:
-            os.close(held)
