@@ -1057,6 +1057,19 @@ def test_only_errors_of_ours_are_one_line(
     assert json.loads((tmp_path / "run/status.json").read_text())["message"] == f"{type(error).__name__}: {error}"
 
 
+def test_a_message_is_one_line_whatever_it_quotes(capsys: pytest.CaptureFixture[str]) -> None:
+    """Names from archives may hold line breaks, commands to a terminal, bytes that are no text, or a book."""
+    with pytest.raises(typer.Exit), one_message("tool"):
+        raise ValueError("a\nb\x1b[31m\udcffc é猫\n")
+    assert capsys.readouterr().err == "tool: a\\nb\\x1b[31m\\udcffc é猫\n"
+    with pytest.raises(typer.Exit), one_message("tool"):
+        raise ValueError("first " + "x" * 10**6 + " last")
+    said = capsys.readouterr().err
+    assert said.startswith("tool: first xxx")
+    assert said.endswith("xxx last\n")
+    assert len(said) < 2100
+
+
 @pytest.mark.parametrize(
     ("error", "advice"), [(NotFiniteError("fc.weight is not finite"), True), (ValueError("the optimizer"), False)]
 )
