@@ -244,7 +244,10 @@ def _check_fields(manifest: Mapping[str, Any]) -> None:
         return isinstance(value, list) and len(value) >= least and all(isinstance(each, str) for each in value)
 
     def text(value: object) -> bool:
-        return isinstance(value, str) and "\0" not in value
+        try:
+            return isinstance(value, str) and b"\0" not in os.fsencode(value)
+        except UnicodeEncodeError:  # half a character
+            return False
 
     name, samples, classes, extensions = (manifest[name] for name in ("name", "samples", "classes", "extensions"))
     options, counts, shards = (manifest[name] for name in ("options", "counts", "shards"))

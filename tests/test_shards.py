@@ -697,7 +697,7 @@ ABSURD = {
     "extensions": ([], "jpg", [1]),
     "options": ([], {"max_pixels": 10**30}, {"max_pixels": -1}, {"max_pixels": True}),
     "raw": ([], [16], [10**30, 1], [0, 4], [1.5, 2], 16, "16", [-4, -4]),
-    "tars_at": (3, None, "\0"),
+    "tars_at": (3, None, "\0", "\ud800"),
     "counts": ([], {"left_out": {"empty": -1}}, {"kept": [1]}, {"per_class": [10**30]}, {"quarantined": [3]}),
     "shards": ([], {}, None),
     "shards[0].samples": NO_NUMBERS,
