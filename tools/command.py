@@ -1,6 +1,5 @@
 """train.py's command line: a recipe, options over it, and a TOML file of options between the two."""
 
-import functools
 import inspect
 import math
 import os
@@ -16,7 +15,7 @@ from model.run_folder import Preempted
 from pipeline.views import VIEWS, make_views, parse_changes
 from tools.errors import one_message
 from tools.files import read_text
-from tools.options import Option, options_of
+from tools.options import Option, options_of, parameters, with_parameters
 
 VIEW_TABLES = ("views", "second_views")  # fields of the config and tables of a file, changed by --view, --second-view
 Config = TypeVar("Config")
@@ -83,7 +82,7 @@ def resolve(
     second_view: Sequence[str] | None,
     **options: Any,
 ) -> tuple[Config, dict[str, str]]:
-    """What a parsed command line asks for, and where each value came from that is not the recipe's."""
+    """The config of a parsed command line, and the origin ("file", "command line") of values not from the recipe."""
     base: Any = recipes.get(recipe)
     origin: dict[str, str] = {}
     if base is None:
@@ -106,41 +105,31 @@ def resolve(
 
 
 def with_options(command: Callable[..., None], config: type) -> Callable[..., None]:
-    """`command` with an option for each of the dataclass's, None where it is not given, in place of its **options."""
-    hints = get_type_hints(config)
-    signature = inspect.signature(command)
-    params = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    params = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in params]
+    """`command` with an option for each field of the dataclass in place of its **options; None if it is not given."""
+    hints, shown = get_type_hints(config), parameters(command)[:-1]
     for name, limits in options_of(config).items():
         kind: Any = Annotated[hints[name] | None, typer.Option(help=limits.help)]
-        params.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
-
-    @functools.wraps(command)
-    def wrapped(**given: Any) -> None:
-        command(**given)
-
-    wrapped.__signature__ = signature.replace(parameters=params)  # type: ignore[attr-defined]
-    wrapped.__annotations__ = {p.name: p.annotation for p in params}
-    return wrapped
+        shown.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
+    return with_parameters(command, shown, like=command)
 
 
 def read_file(path: Path, config: type) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Options and tables of a TOML file. Raises typer.BadParameter naming the file and what it must not hold."""
+    """Options and [views] tables of a TOML file. Raises typer.BadParameter that names the file and the wrong entry."""
     try:
         values = tomllib.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise typer.BadParameter(f"{path} cannot be read: {error}") from error
-    found = {name: values.pop(name, {}) for name in VIEW_TABLES}
-    for name, table in found.items():
+    tables = {name: values.pop(name, {}) for name in VIEW_TABLES}
+    for name, table in tables.items():
         if not isinstance(table, dict):
             raise typer.BadParameter(
                 f"{path}: {name}: expected a table, got {table!r}; write [{name}]"
                 + (f' preset = "{table}"' if name == "views" else " and its options, a line each")
             )
-    preset = found["views"].get("preset", "imagenet")
+    preset = tables["views"].get("preset", "imagenet")
     if not isinstance(preset, str) or preset not in VIEWS:
         raise typer.BadParameter(f"{path}: [views] preset: expected one of {', '.join(VIEWS)}, got {preset!r}")
-    for name, table in found.items():
+    for name, table in tables.items():
         try:
             make_views(preset, {key: value for key, value in table.items() if key != "preset" or name != "views"})
         except ValueError as error:
@@ -155,7 +144,7 @@ def read_file(path: Path, config: type) -> tuple[dict[str, Any], dict[str, dict[
         if expected := _expected(kinds[name], known[name], value):
             shown = str(value).lower() if isinstance(value, bool) else repr(value)
             raise typer.BadParameter(f"{path}: {name}: expected {expected}, got {shown}")
-    return values, found
+    return values, tables
 
 
 def _expected(kind: Any, limits: Option, value: Any) -> str:

@@ -25,7 +25,6 @@ before DALI was asked: that takes 1.1 s more to start, 0.1 ms of a core for an i
 """
 
 import contextlib
-import inspect
 import json
 import os
 import sys
@@ -35,6 +34,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository instead of tools/, as with python -m
+
+from tools.options import parameters, with_parameters
 
 if TYPE_CHECKING:
     from pipeline.shards import Dataset
@@ -76,27 +80,21 @@ ImageMember = Annotated[
 
 def makes_shards(find: "Callable[..., Source]") -> Callable[..., None]:
     """Make a command of a function that finds a source: its parameters, then those of `write`; its docstring."""
-    own = inspect.signature(find).parameters
-    shared = list(inspect.signature(write).parameters.values())[1:]
-    parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in (*own.values(), *shared)]
+    own, shared = parameters(find), parameters(write)[1:]
 
-    def command(**given: Any) -> None:
+    def command(**options: Any) -> None:
         from tools.errors import one_message
 
         with one_message("make_shards"):
             try:
-                source = find(**{name: given.pop(name) for name in own})
+                source = find(**{parameter.name: options.pop(parameter.name) for parameter in own})
             except OSError as error:
                 from pipeline.shards import DatasetError
 
                 raise DatasetError(f"cannot read the source: {error}") from error
-            write(source, **given)
+            write(source, **options)
 
-    # typer reads both
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {each.name: each.annotation for each in parameters}
-    command.__name__, command.__doc__ = find.__name__, find.__doc__
-    return command
+    return with_parameters(command, [*own, *shared], like=find)
 
 
 def write(
@@ -112,7 +110,7 @@ def write(
     store: Store = "original",
     name: Name = None,
 ) -> None:
-    """Write what was found; each option of this function is one of every command that finds a source."""
+    """Write the shards of a source. Every command that finds a source has the options of this function."""
     from pipeline.write import write_shards
 
     labels = f"{len(source.classes)} classes" if source.classes is not None else "no labels"
@@ -367,8 +365,8 @@ def verify(
             write_new(report, "".join(f"{json.dumps(asdict(fault))}\n" for fault in faults))
         mib = sum(shard.bytes for shard in dataset.shards) / 2**20
         rate = f"{dataset.samples / seconds:.0f} samples/s, {mib / seconds:.0f} MiB/s"
-        found = f"{len(faults) or 'no'} fault{'s' * (len(faults) > 1)}"
-        typer.echo(f"{dataset.address}: {found} in {dataset.samples} samples in {len(dataset.shards)} shards ({rate})")
+        count = f"{len(faults) or 'no'} fault{'s' * (len(faults) > 1)}"
+        typer.echo(f"{dataset.address}: {count} in {dataset.samples} samples in {len(dataset.shards)} shards ({rate})")
         if faults:
             raise typer.Exit(1)
 
@@ -418,9 +416,9 @@ def _report(dataset: "Dataset") -> None:
 
     mib = sum(shard.bytes for shard in dataset.shards) / 2**20
     typer.echo(f"{dataset.root}: {dataset.samples} samples in {len(dataset.shards)} shards, {mib:.1f} MiB")
-    words = {"kept": "kept", "reencoded": "converted", "left_out": "left out", "passed_over": "passed over"}
-    counts = {word: dataset.counts[count] for count, word in words.items()}
-    parts = [f"{sum(by.values())} {word}{f' ({reasons(by)})' if by else ''}" for word, by in counts.items()]
+    names = {"kept": "kept", "reencoded": "converted", "left_out": "left out", "passed_over": "passed over"}
+    counts = {name: dataset.counts[count] for count, name in names.items()}
+    parts = [f"{sum(by.values())} {name}{f' ({reasons(by)})' if by else ''}" for name, by in counts.items()]
     typer.echo(f"{sum(sum(by.values()) for by in counts.values())} entries: {', '.join(parts)}")
     typer.echo(f"their names: {dataset.root / 'actions.jsonl'}")
     if damaged := dataset.counts["damaged_tars"]:
@@ -458,5 +456,4 @@ def _progress(title: str, unit: str = "images") -> Iterator[Callable[[int, int],
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository instead of tools/, as with python -m
     app()
