@@ -33,7 +33,7 @@ from pipeline.views import VIEWS, ViewConfig, make_views
 from tools.command import RunError, answer_help_and_mistakes, train_command
 from tools.files import replacing
 from tools.options import check_ranges, option, options_of
-from tools.ranks import RANKS_WAIT, naming_lost_ranks
+from tools.ranks import RANKS_WAIT, check_launch, gathered_rows, naming_lost_ranks
 from tools.signals import Stop
 
 KNN_K = 200  # neighbours that vote, where the bank has so many
@@ -434,7 +434,7 @@ def check_config(config: TrainConfig, world_size: int = 1) -> None:
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
-    """The processes that were launched, on GPUs where there are any. RunError where they do not see each other."""
+    """The processes that were launched, on GPUs where there are any. ValueError where they do not see each other."""
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision=config.precision,
@@ -446,11 +446,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
             DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
         ],
     )
-    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
-        raise RunError(
-            f"the launcher started {os.environ['WORLD_SIZE']} processes, but each sees {accelerator.num_processes}; on "
-            "CPUs use accelerate launch --multi_gpu --num_processes N train.py ..."
-        )
+    check_launch(accelerator, "train.py")
     torch.backends.cudnn.benchmark = accelerator.device.type == "cuda"  # all shapes are fixed
     if config.sync_bn and accelerator.device.type != "cuda":
         raise RunError("--sync-bn needs GPUs: torch's SyncBatchNorm does not exchange statistics between CPU processes")
@@ -806,20 +802,10 @@ def knn_accuracy(
             encoded = together(functools.partial(features, encoder, device=device), batches, shared)
         if encoded is None:
             return None
-        parts += [gathered(accelerator, rows) for rows in encoded]
+        parts += [gathered_rows(accelerator, rows) for rows in encoded]
     num_classes = len(bank.classes or ())
     with torch.no_grad():
         return together(lambda _: knn(*parts, k=KNN_K, num_classes=num_classes, device=device))
-
-
-def gathered(accelerator: Accelerator, rows: Tensor) -> Tensor:
-    """The rows (m, ...) of every process, in the order of the ranks, on the CPU of each."""
-    if accelerator.num_processes == 1:
-        return rows
-    counts = accelerator.gather(torch.tensor([len(rows)], device=accelerator.device)).tolist()
-    padded = accelerator.pad_across_processes(rows.to(accelerator.device))
-    parts = accelerator.gather(padded).cpu().split(max(counts))
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
 def save(

@@ -26,7 +26,8 @@ from pipeline.views import make_views
 from pipeline.write import write_shards
 from tests.browser import Browser, eventually
 from tools.evaluate import app
-from tools.page import SCRIPT, Gallery, page, place
+from tools.gallery import Gallery, place
+from tools.page import SCRIPT, page
 
 CLASSES = ("<script>alert(1)</script>", "a & \"b\" 'c'", "rings", "</style><b>")
 VIEWS = make_views("cifar", {"size": 32, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]})

@@ -1,9 +1,10 @@
 """One HTML file that shows what an encoder has learnt, and how: what `tools/evaluate.py page` writes.
 
-A map of the embeddings (t-SNE, van der Maaten and Hinton 2008, or PCA) with the image under the pointer or the arrow
-keys, nearest neighbours by cosine, every number of metrics.jsonl over the steps, fine-tuning curves, and the views of
-training. The file is whole: its images are data in it, and its policy has the browser fetch nothing and run no script
-but SCRIPT, whatever the names of classes and keys hold.
+It holds a map of the embeddings with the image under the pointer or the arrow keys, nearest neighbours, every number of
+metrics.jsonl over the steps, fine-tuning curves, and the views of training. tools/gallery.py collects what there is to
+show; tools/page.css and tools/page.js are copied into the file. The file needs no other: its images are data in it, and
+its Content-Security-Policy lets the browser fetch nothing and run no script but page.js, whatever text the names of
+classes and keys hold.
 """
 
 import base64
@@ -13,17 +14,16 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
 import numpy as np
 from numpy.typing import NDArray
 
-from model.run_folder import read_rows
+from tools.files import read_text
+from tools.gallery import VIEW_PAIRS, VIEW_ROWS, Gallery, Layout, Line, curves, finetunings, gallery, views_grid
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,183 +31,9 @@ if TYPE_CHECKING:
     from pipeline.shards import Dataset
     from pipeline.views import ViewConfig
 
-Line = tuple[Sequence[float], Sequence[float]]  # x and y, equally long
-Layout = Literal["auto", "tsne", "pca"]
-
-NEIGHBOURS = 8  # kept of each image
-THUMBNAIL = 64  # px at most
+STYLE, SCRIPT = (read_text(Path(__file__).with_name(name)) for name in ("page.css", "page.js"))
 SIDE, MARGIN = 1000, 20  # of the map, in its own units
 BUCKETS = 300  # points of a curve at most; more rows than that are averaged
-VIEW_ROWS, VIEW_PAIRS = 6, 3
-FEWEST = 8  # images of a page
-
-
-# ---- what there is to show -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gallery:
-    """N images, where the map has them, and which the encoder finds alike."""
-
-    places: NDArray[np.float64]  # (N, 2), any scale
-    layout: str  # how they were found
-    keys: Sequence[str]
-    labels: Sequence[int]  # places in `classes`; -1 where there are none
-    classes: Sequence[str]
-    thumbnails: NDArray[np.uint8]  # (N, t, t, 3)
-    nearest: NDArray[np.int64]  # (N, k), the most similar first, never the image itself
-    cosine: NDArray[np.float32]  # (N, k)
-
-    def class_of(self, i: int) -> str:
-        return self.classes[self.labels[i]] if self.classes else ""
-
-    def agreement(self) -> float:
-        """The share, 0 … 1, of all N·k neighbours that have the class of the image whose neighbours they are."""
-        labels = np.asarray(self.labels)
-        return float((labels[self.nearest] == labels[:, None]).mean())
-
-    def examples(self, count: int) -> list[int]:
-        """`count` images of as many classes as can be, by class."""
-        seen: Counter[int] = Counter()
-        turns = []  # the first image of every class, then the second, ...
-        for i, label in enumerate(self.labels):
-            turns.append((seen[label], i))
-            seen[label] += 1
-        return sorted((i for _, i in sorted(turns)[:count]), key=lambda i: (self.labels[i], i))
-
-
-def place(features: "Tensor", layout: Layout, seed: int) -> tuple[NDArray[np.float64], str]:
-    """Places (N, 2) of features (N, F) by their direction, and how they were found.
-
-    "auto" is t-SNE where scikit-learn is installed, else PCA. Raises ValueError where there is no map to draw.
-    """
-    import torch
-    from torch.nn.functional import normalize
-
-    if bad := int((~features.isfinite().all(1)).sum()):
-        raise ValueError(f"{bad} of {len(features)} images have features that are not finite: the encoder is broken")
-    rows = normalize(features.double(), dim=1)
-    rows -= rows.mean(0)
-    if float(rows.abs().max()) < 1e-6:
-        raise ValueError(f"all {len(rows)} images have the same features: the encoder has collapsed")
-    installed = find_spec("sklearn") is not None
-    if layout == "tsne" and not installed:
-        raise ValueError("--map tsne needs scikit-learn: install the extra `eval`, or use --map pca")
-    if layout != "pca" and installed:
-        from sklearn.manifold import TSNE
-
-        perplexity = min(30, (len(rows) - 1) // 3)
-        places = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(rows.float().numpy())
-        return places.astype(np.float64), f"t-SNE, perplexity {perplexity}"
-    _, scales, axes = torch.linalg.svd(rows, full_matrices=False)
-    first, second = (100 * scales[:2] ** 2 / (scales**2).sum()).tolist()
-    told = f"PCA: {first:.0f} % of the variance across, {second:.0f} % up"
-    return (rows @ axes[:2].T).numpy(), told if layout == "pca" else f"{told}; scikit-learn, for t-SNE, is missing"
-
-
-def neighbours(features: "Tensor", k: int) -> "tuple[Tensor, Tensor]":
-    """The k nearest other rows of each row of (N, F) by cosine: positions and cosines, (N, k), the nearest first."""
-    import torch
-    from torch.nn.functional import normalize
-
-    rows = normalize(features.float(), dim=1)
-    found = []
-    for start in range(0, len(rows), 1024):
-        cosine = rows[start : start + 1024] @ rows.T
-        cosine[torch.arange(len(cosine)), torch.arange(start, start + len(cosine))] = -torch.inf
-        found.append(cosine.topk(min(k, len(rows) - 1)))
-    return torch.cat([each.indices for each in found]), torch.cat([each.values for each in found])
-
-
-def gallery(dataset: "Dataset", views: "ViewConfig", features: "Tensor", layout: Layout, seed: int) -> Gallery:
-    """A data set as its features (N, F) arrange it; thumbnails are cropped as the encoder saw the images."""
-    import torch
-
-    from pipeline.loader import build_eval_loader
-    from pipeline.subset import keys
-    from pipeline.views import make_views
-
-    places, how = place(features, layout, seed)
-    nearest, cosine = neighbours(features, NEIGHBOURS)
-    small = make_views(views, {"size": min(views.size, THUMBNAIL)})
-    batches = list(build_eval_loader(dataset, small, 256, torch.device("cpu")))
-    return Gallery(
-        places=places,
-        layout=how,
-        keys=keys(dataset),
-        labels=torch.cat([labels for _, labels in batches]).tolist(),
-        classes=dataset.classes or (),
-        thumbnails=np.concatenate([to_bytes(small.pixels(images)) for images, _ in batches]),
-        nearest=nearest.numpy(),
-        cosine=cosine.numpy(),
-    )
-
-
-def to_bytes(pixels: "Tensor") -> NDArray[np.uint8]:
-    """Pixels (..., 3, H, W) in [0, 1] as (..., H, W, 3) in 0 … 255."""
-    return (255 * pixels.clamp(0, 1)).round().byte().movedim(-3, -1).numpy()
-
-
-def views_grid(weights: Path, dataset: "Dataset", seed: int) -> NDArray[np.uint8] | None:
-    """Pixels (H, W, 3) of the data set's first images beside views as in the training of `weights`; None if unknown."""
-    from pipeline.views import make_views
-    from tools.runs import training_of
-    from tools.show_views import grid
-
-    config = training_of(weights)[1].get("config", {})
-    if "views" not in config:
-        return None
-    views = make_views("imagenet", config["views"])
-    second = make_views(views, config.get("second_views") or {})
-    return to_bytes(grid(dataset, views, second, images=VIEW_ROWS, pairs=VIEW_PAIRS, seed=seed))
-
-
-def curves(file: Path) -> dict[str, tuple[Line, int]]:
-    """By key of metrics.jsonl: its finite numbers over the steps, and how many of its values are not (null, NaN)."""
-    found: dict[str, tuple[list[float], list[float]]] = {}
-    lost: Counter[str] = Counter()
-    for number, row in enumerate(read_rows(file), 1):
-        if not isinstance(row.get("step"), int):
-            raise ValueError(f"{file}, line {number}: expected a step, got {row.get('step')!r}")
-        for key, value in row.items():
-            if key == "step" or isinstance(value, bool) or not isinstance(value, int | float | None):
-                continue
-            steps, values = found.setdefault(key, ([], []))
-            if value is not None and math.isfinite(value):
-                steps.append(row["step"])
-                values.append(value)
-            else:
-                lost[key] += 1
-    return {key: (line, lost[key]) for key, line in found.items()}
-
-
-def finetunings(file: Path, sha256: str) -> tuple[dict[tuple[str, str], dict[str, Line]], int]:
-    """({(labels used, how): {name: top-1 in % over epochs}}, how many are of other weights and left out).
-
-    What was done in the same way, random weights too, stands together; of the same thing done twice, the last.
-    """
-    charts: dict[tuple[str, str], dict[str, Line]] = {}
-    others = 0
-    for number, row in enumerate(read_rows(file), 1):
-        if row.get("evaluation") != "finetune":
-            continue
-        try:
-            if row["sha256"] not in (None, sha256):
-                others += 1
-                continue
-            of, train, test = row["options"], row["train"]["name"], row["test"]["name"]
-            share = "Listed labels" if of["percent"] is None else f"{of['percent']:g} % of the labels"
-            title = f"{share}: top-1 accuracy, %"
-            how = (
-                f"{of['labels']} images of {train}, scored on {test}, batch {of['batch_size']}, base_lr "
-                f"{of['base_lr']:g}, {of['epochs']} epochs, {of['head_layers']} head layers, seed {of['seed']}"
-            )
-            for name, curve in row["curves"].items():
-                line = [each["epoch"] for each in curve], [100 * each["top1"] for each in curve]
-                charts.setdefault((title, how), {})[name] = line
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{file}, line {number}: not what `evaluate.py finetune` records: {error!r}") from error
-    return charts, others
 
 
 # ---- HTML ----------------------------------------------------------------------------------------------------------
@@ -215,7 +41,7 @@ def finetunings(file: Path, sha256: str) -> tuple[dict[tuple[str, str], dict[str
 
 def el(tag: str, *children: Element | str, **attributes: object) -> Element:
     """An element; class_ is class, aria_label aria-label, None leaves one out. Text is escaped when it is written."""
-    given = {name.rstrip("_").replace("_", "-"): str(each) for name, each in attributes.items() if each is not None}
+    given = {name.rstrip("_").replace("_", "-"): str(value) for name, value in attributes.items() if value is not None}
     made = Element(tag, given)
     for child in children:
         if not isinstance(child, str):
@@ -264,7 +90,7 @@ def page(
     tuned: tuple[Mapping[tuple[str, str], Mapping[str, Line]], int],
     grid: NDArray[np.uint8] | None,
 ) -> str:
-    """The file's text; `grid` are pixels (H, W, 3) of views. What there is nothing of has no section."""
+    """The file's text; `grid` holds pixels (H, W, 3) of views. Empty sections are omitted."""
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{_digest(SCRIPT)}'"
     style = STYLE + f":root{{--columns:{columns(len(shown.keys))};--sheet:url({picture(sheet(shown.thumbnails))})}}"
     style += "".join(f".c{i}{{--h:{hue:.0f};--k:{i % 2}}}" for i, hue in enumerate(hues(len(shown.classes))))
@@ -308,7 +134,7 @@ def _digest(script: str) -> str:
 
 
 def _data(shown: Gallery) -> str:
-    """What the script reads. No name can end the element that it stands in: < is written as JSON's own escape."""
+    """The JSON that page.js reads. < is written as \\u003c, so that no name can close the script element."""
     data = {
         "classes": list(shown.classes),
         "labels": list(shown.labels),
@@ -366,12 +192,12 @@ def map_section(shown: Gallery) -> Element:
     if legend:
         shut = None if len(legend) > 20 else ""  # a thousand buttons would stand in the way of the Tab key
         beside.append(el("details", el("summary", "Classes"), el("div", *legend, id="legend"), open=shut))
-    told = el("p", f"{number}. {shown.layout}. Lines lead to the nearest neighbours of the chosen image.")
-    return section("Map", told, el("div", drawing, el("div", *beside), class_="map"))
+    caption = el("p", f"{number}. {shown.layout}. Lines lead to the nearest neighbours of the chosen image.")
+    return section("Map", caption, el("div", drawing, el("div", *beside), class_="map"))
 
 
 def neighbour_section(shown: Gallery, examples: int) -> Element:
-    """A row for each example: the image, then its nearest neighbours; another class is marked in word and line."""
+    """A row for each example: the image, then its nearest neighbours. Those of another class get "≠" and an outline."""
     k = shown.nearest.shape[1]
     rows = []
     for i in shown.examples(examples):
@@ -389,13 +215,13 @@ def neighbour_section(shown: Gallery, examples: int) -> Element:
         el("th", "image", scope="col"),
         el("th", f"the {k} nearest, with their cosine", scope="colgroup", colspan=k),
     )
-    told = f"Nearest among the {len(shown.keys)} images of the map, by cosine."
+    caption = f"Nearest among the {len(shown.keys)} images of the map, by cosine."
     if shown.classes:
-        told += f" Of all neighbours of all images {100 * shown.agreement():.1f} % have the image's class."
+        caption += f" Of all neighbours of all images {100 * shown.agreement():.1f} % have the image's class."
     table = el("table", el("thead", head), el("tbody", *rows))
     return section(
         "Neighbours",
-        el("p", told),
+        el("p", caption),
         el("div", table, class_="scroll", tabindex=0, role="region", aria_label="Neighbours"),
     )
 
@@ -413,7 +239,7 @@ LEFT, RIGHT, TOP, BOTTOM = 54, 12, 10, 24  # margins
 
 
 def chart(title: str, lines: Mapping[str, Line], x_name: str, note: str = "") -> Element:
-    """A figure of named lines over one x; its caption and its label say in words what it shows."""
+    """A figure of named lines over one x. Its caption and its aria-label give first, last, least and greatest value."""
     xs, ys = (np.concatenate([np.asarray(line[axis], float) for line in lines.values()]) for axis in (0, 1))
     across, up = _ticks(xs.min(), xs.max(), whole=True), _ticks(ys.min(), ys.max())
 
@@ -434,12 +260,12 @@ def chart(title: str, lines: Mapping[str, Line], x_name: str, note: str = "") ->
     for tick in across:
         anchor = "end" if tick == across[-1] else "middle"
         drawn.append(el("text", _number(tick), x=f"{x_of(tick):.1f}", y=HEIGHT - 6, text_anchor=anchor))
-    said: list[str] = []
+    summaries: list[str] = []
     keys: list[Element] = []
-    each = 1  # rows that a point stands for, at most
+    rows_per_point = 1  # at most
     for i, (name, (x, y)) in enumerate(lines.items()):
         parts = min(len(x), BUCKETS)
-        each = max(each, -(-len(x) // parts))
+        rows_per_point = max(rows_per_point, -(-len(x) // parts))
         steps, values = np.array_split(np.asarray(x, float), parts), np.array_split(np.asarray(y, float), parts)
         middle = [(part.mean(), value.mean()) for part, value in zip(steps, values, strict=True)]
         if len(x) > parts:
@@ -449,7 +275,9 @@ def chart(title: str, lines: Mapping[str, Line], x_name: str, note: str = "") ->
         drawn.append(el("polyline", class_=f"s{i}", points=path(middle)))
         if len(middle) <= 30:
             drawn += [el("circle", class_=f"s{i}", cx=f"{x_of(a):.1f}", cy=f"{y_of(b):.1f}", r=3) for a, b in middle]
-        said.append(f"{name}: first {_number(y[0])}, last {_number(y[-1])}, {_number(min(y))} to {_number(max(y))}")
+        summaries.append(
+            f"{name}: first {_number(y[0])}, last {_number(y[-1])}, {_number(min(y))} to {_number(max(y))}"
+        )
         if len(lines) > 1:
             sample = el("line", class_=f"s{i}", x1=0, x2=24, y1=5, y2=5)
             keys.append(
@@ -458,11 +286,11 @@ def chart(title: str, lines: Mapping[str, Line], x_name: str, note: str = "") ->
     notes = [f"{x_name} {_number(xs.min())} to {_number(xs.max())}"]
     if len(lines) == 1:
         notes.insert(0, f"last {_number(ys[-1])}")
-    if each > 1:
-        notes.append(f"mean and range of each {each} rows")
+    if rows_per_point > 1:
+        notes.append(f"mean and range of each {rows_per_point} rows")
     if note:
         notes.append(note)
-    label = f"{title}. {'; '.join(said)}; {', '.join(notes)}"
+    label = f"{title}. {'; '.join(summaries)}; {', '.join(notes)}"
     svg = el("svg", *drawn, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=label)
     return el("figure", el("figcaption", el("b", title), *keys, el("small", ", ".join(notes))), svg)
 
@@ -482,166 +310,7 @@ def _number(value: float) -> str:
     return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-# ---- how it looks and answers --------------------------------------------------------------------------------------
-
-STYLE = """
-:root{color-scheme:light dark;--back:#fff;--front:#1b1c1e;--quiet:#5c6066;--line:#d8dade;--raised:#f5f6f7;
---s0:#0b62c4;--s1:#b8430a;--s2:#4d7a0f;--light:.46;--step:.14;--chroma:.15}
-@media(prefers-color-scheme:dark){:root{--back:#141517;--front:#e9eaec;--quiet:#a3a7ad;--line:#3a3d42;--raised:#1e2023;
---s0:#7db4ff;--s1:#ffa070;--s2:#a9d65c;--light:.68;--step:.16;--chroma:.14}}
-*{box-sizing:border-box}
-body{margin:0 auto;max-width:76rem;padding:1rem 1.25rem 4rem;background:var(--back);color:var(--front);
-font:16px/1.5 system-ui,sans-serif}
-h1{font-size:1.75rem;line-height:1.2;margin:1rem 0;overflow-wrap:anywhere}
-h2{font-size:1.25rem;margin:2.5rem 0 .25rem}
-p{margin:.25rem 0 1rem}
-small,dt,.charts text{color:var(--quiet)}
-small{font-size:.8125rem}
-dl{display:flex;flex-wrap:wrap;gap:.5rem 2rem;margin:0}
-dt{font-size:.8125rem}
-dd{margin:0;overflow-wrap:anywhere}
-:focus-visible{outline:3px solid var(--s0);outline-offset:2px}
-.thumb{--s:4rem;display:inline-block;width:var(--s);height:var(--s);background:var(--sheet);border-radius:3px;
-background-size:calc(var(--s)*var(--columns)) auto;print-color-adjust:exact;
-background-position:calc(var(--s)*var(--x)*-1) calc(var(--s)*var(--y)*-1)}
-.map{display:flex;flex-wrap:wrap;gap:1rem}
-#map{flex:1 1 26rem;align-self:start;min-width:0;max-width:46rem;max-height:46rem;
-background:var(--raised);border:1px solid var(--line);border-radius:6px;cursor:crosshair;touch-action:manipulation}
-.map>div{flex:1 1 18rem}
-#dots circle,i{color:oklch(calc(var(--light) + var(--k,0)*var(--step)) var(--chroma) var(--h,250))}
-#dots circle{fill:currentColor;stroke:var(--raised);stroke-width:1.5}
-#dots .off{opacity:.08}
-#ring{fill:none;stroke:var(--front);stroke-width:3;visibility:hidden}
-#links{fill:none;stroke:var(--front);stroke-width:1.5}
-#panel{min-height:19rem}
-#panel>.thumb{--s:8rem}
-#panel p{margin:.25rem 0;overflow-wrap:anywhere}
-#panel div{display:flex;flex-wrap:wrap;gap:.5rem}
-#panel figure{margin:0;width:5rem;font-size:.8125rem;line-height:1.25;overflow-wrap:anywhere}
-summary{cursor:pointer}
-#legend{display:flex;flex-wrap:wrap;gap:.375rem;max-height:20rem;overflow:auto;padding:.375rem 4px}
-button{font:inherit;font-size:.875rem;color:inherit;background:none;border:1px solid var(--line);border-radius:99px;
-padding:.125rem .625rem;cursor:pointer}
-button[aria-pressed=true]{border-color:var(--front);background:var(--raised);box-shadow:inset 0 0 0 1px var(--front)}
-i{display:inline-block;width:.75rem;height:.75rem;border-radius:50%;background:currentColor;margin-right:.375rem}
-.scroll{overflow-x:auto}
-table{border-spacing:.375rem;text-align:left;font-size:.8125rem;line-height:1.25}
-th,td{vertical-align:top;font-weight:400;padding:0}
-thead th{color:var(--quiet)}
-tbody th{padding-right:1rem;font-weight:600}
-table span{display:block;width:5.75rem;overflow-wrap:anywhere}
-table .thumb{--s:5.75rem}
-.other .thumb{outline:2px dashed var(--front);outline-offset:1px}
-.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(20rem,100%),1fr));gap:1.5rem}
-.charts figure{margin:0;display:flex;flex-direction:column}
-.charts figcaption{display:flex;flex-wrap:wrap;gap:0 .75rem;align-items:baseline;flex:1;overflow-wrap:anywhere}
-.charts figcaption svg{width:24px;height:10px;margin-right:.375rem}
-.charts text{fill:var(--quiet);font-size:11px}
-.grid{stroke:var(--line)}
-polyline,figcaption line{fill:none;stroke:currentColor;stroke-width:2;stroke-linejoin:round}
-polygon{fill:currentColor;opacity:.25}
-figure circle{fill:currentColor}
-.s0{color:var(--s0)}.s1{color:var(--s1);stroke-dasharray:7 3}.s2{color:var(--s2);stroke-dasharray:2 3}
-.views{max-width:100%;min-width:min(100%,40rem);height:auto;image-rendering:pixelated}
-"""
-
-SCRIPT = """
-"use strict"
-const find = id => document.getElementById(id)
-const data = JSON.parse(find("data").textContent), map = find("map"), dots = [...find("dots").children]
-const places = dots.map(dot => ["cx", "cy"].map(name => +dot.getAttribute(name)))
-const picked = new Set()
-let current = -1
-
-const shown = i => !picked.size || picked.has(data.labels[i])
-const className = i => data.classes.length ? data.classes[data.labels[i]] : ""
-
-function make(tag, text, ...children) {
-  const made = document.createElement(tag)
-  made.append(text, ...children)
-  return made
-}
-
-function thumb(i) {
-  const made = make("span", "")
-  made.className = "thumb"
-  made.setAttribute("role", "img")
-  made.setAttribute("aria-label", [className(i), data.keys[i]].filter(Boolean).join(" "))
-  made.style.setProperty("--x", i % data.columns)
-  made.style.setProperty("--y", Math.floor(i / data.columns))
-  return made
-}
-
-function choose(i) {
-  if (i === undefined || i === current) return
-  current = i
-  const [x, y] = places[i], ring = find("ring")
-  ring.setAttribute("cx", x)
-  ring.setAttribute("cy", y)
-  ring.style.visibility = "visible"
-  find("links").setAttribute("d", data.nearest[i].map(j => `M${x} ${y}L${places[j]}`).join(""))
-  const near = make("div", "")
-  for (const j of data.nearest[i]) near.append(make("figure", thumb(j), make("div", className(j))))
-  find("panel").replaceChildren(thumb(i), make("p", make("b", className(i)), " ", make("small", data.keys[i])),
-    make("p", make("small", "nearest")), near)
-}
-
-function least(cost) {
-  let best, lowest = Infinity
-  places.forEach((place, i) => {
-    const value = shown(i) ? cost(place, i) : Infinity
-    if (value < lowest) [best, lowest] = [i, value]
-  })
-  return best
-}
-
-function point(event) {
-  const at = new DOMPoint(event.clientX, event.clientY).matrixTransform(map.getScreenCTM().inverse())
-  choose(least(([x, y]) => { const d = Math.hypot(x - at.x, y - at.y); return d < 30 ? d : Infinity }))
-}
-map.addEventListener("pointermove", point)
-map.addEventListener("pointerdown", point)
-
-const first = () => least((_, i) => i)
-map.addEventListener("focus", () => { if (current < 0) choose(first()) })
-map.addEventListener("keydown", event => {
-  const way = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1]}[event.key]
-  const turn = {PageDown: 1, PageUp: -1}[event.key]
-  if (!way && !turn) return
-  event.preventDefault()
-  if (current < 0) return choose(first())
-  if (turn) return choose(least((_, i) => (i - current) * turn > 0 ? (i - current) * turn : Infinity))
-  choose(least(([x, y]) => {
-    const [dx, dy] = [x - places[current][0], y - places[current][1]]
-    const along = dx * way[0] + dy * way[1], aside = Math.abs(dx * way[1]) + Math.abs(dy * way[0])
-    return along > 0 && along >= aside ? along + aside : Infinity
-  }))
-})
-
-find("legend")?.childNodes.forEach((button, label) => button.addEventListener("click", () => {
-  if (!picked.delete(label)) picked.add(label)
-  button.setAttribute("aria-pressed", picked.has(label))
-  dots.forEach((dot, i) => dot.classList.toggle("off", !shown(i)))
-}))
-"""
-
-
 # ---- the command ---------------------------------------------------------------------------------------------------
-
-
-def draw_sample(dataset: "Dataset", count: int, seed: int) -> "Dataset":
-    """`count` images drawn from a data set; all, if it has no more.
-
-    Raises ValueError for a data set that is too small for a page.
-    """
-    from pipeline.subset import subset
-
-    if dataset.samples < FEWEST:
-        raise ValueError(f"a page needs at least {FEWEST} images, {dataset.address} has {dataset.samples}")
-    if dataset.samples <= count:
-        return dataset
-    order = np.random.Generator(np.random.Philox(seed)).permutation(dataset.samples)
-    return subset(dataset, order[:count])
 
 
 def compose(
@@ -658,8 +327,9 @@ def compose(
 ) -> str:
     """The page of an encoder's `weights`, with the `facts` of a session, and features (N, F) of the data set's images.
 
-    Curves come from the metrics.jsonl of the run that the file lies in, and from `evaluations`, by default the
-    evaluation.jsonl beside it; weights drawn at random have none. Raises ValueError for files that say something else.
+    Training curves come from the metrics.jsonl of the run that holds the weights, fine-tuning curves from `evaluations`
+    (default: the evaluation.jsonl beside the weights). Random weights have neither. Raises ValueError if a file cannot
+    be read as such.
     """
     shown = gallery(dataset, views, features, layout, seed)
     charts: dict[str, tuple[Line, int]] = {}

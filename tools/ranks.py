@@ -1,4 +1,4 @@
-"""Processes that wait for each other: how long, and which one they miss."""
+"""Processes that work together: whether they see each other, how long they wait, and which of them is lost."""
 
 import contextlib
 import os
@@ -6,9 +6,35 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import Tensor
 
 RANKS_WAIT = timedelta(minutes=10)  # for each other in the middle of a run, then it ends
 LAST_WORDS_S = 10.0  # that a process whose run failed waits to hear which others are still there
+
+
+def check_launch(accelerator: "Accelerator", program: str) -> None:
+    """Raise ValueError where the processes that were launched do not see each other."""
+    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
+        raise ValueError(
+            f"the launcher started {os.environ['WORLD_SIZE']} processes, but each sees {accelerator.num_processes}; on "
+            f"CPUs use accelerate launch --multi_gpu --num_processes N {program} ..."
+        )
+
+
+def gathered_rows(accelerator: "Accelerator", rows: "Tensor") -> "Tensor":
+    """The rows (m, ...) of every process, in the order of the ranks, on the CPU of each; m may differ."""
+    import torch
+
+    if accelerator.num_processes == 1:
+        return rows
+    counts = accelerator.gather(torch.tensor([len(rows)], device=accelerator.device)).tolist()
+    padded = accelerator.pad_across_processes(rows.to(accelerator.device))
+    parts = accelerator.gather(padded).cpu().split(max(counts))
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
 class LostRankError(RuntimeError):
@@ -17,10 +43,10 @@ class LostRankError(RuntimeError):
 
 @contextmanager
 def naming_lost_ranks(rank: int, world_size: int) -> Iterator[None]:
-    """What fails because another process does not answer comes as a LostRankError that says which one.
+    """Raise a LostRankError, which names the rank, in place of an error that another process's silence has caused.
 
-    Whoever fails tells the launcher's store that it is there, so the one that is missed is the one that does not.
-    ValueError and what is no Error are met by all processes at once.
+    Every process that fails reports to the launcher's store, so the lost rank is the one that does not report.
+    ValueErrors, and exceptions that are no errors, are raised by all processes at once and pass unchanged.
     """
     import torch.distributed as dist
 
@@ -41,9 +67,9 @@ def naming_lost_ranks(rank: int, world_size: int) -> Iterator[None]:
 
 
 def silent_ranks(world_size: int, rank: int, waiting: bool) -> list[int]:
-    """Tell all that this rank's run has failed; if `waiting`, which ranks have not told so after LAST_WORDS_S.
+    """Report that this rank has failed; if `waiting`, return the ranks that have not reported after LAST_WORDS_S.
 
-    The store is that of torch's rendezvous, which the launcher keeps, or else rank 0.
+    Reports go to the store of torch's rendezvous, which the launcher holds, or else rank 0.
     """
     import torch.distributed as dist
 
