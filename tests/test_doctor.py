@@ -26,7 +26,8 @@ from pipeline import loader
 from pipeline.demo import CLASSES, splits
 from pipeline.shards import Sample, read_dataset
 from pipeline.write import write_shards
-from tools import doctor
+from tools import doctor, machine, trial
+from tools.findings import Finding, checked
 from tools.runs import config_of
 from train import RECIPES
 
@@ -65,16 +66,16 @@ def sets(made: Path, tmp_path: Path) -> Path:
 def _quiet_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A machine without a GPU, whatever else this one is or does; short measurements; torch keeps its threads."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(doctor, "DRIVER", Path("nowhere"))
+    monkeypatch.setattr(machine, "DRIVER", Path("nowhere"))
     monkeypatch.setattr(os, "getloadavg", lambda: (0.1, 0.1, 0.1))
-    monkeypatch.setattr(doctor, "cpu_quota", lambda: None)
+    monkeypatch.setattr(machine, "cpu_quota", lambda: None)
     monkeypatch.setattr(shutil, "disk_usage", usage(2**40))
-    monkeypatch.setattr(doctor, "available_memory", lambda: 2**34)
+    monkeypatch.setattr(machine, "available_memory", lambda: 2**34)
     for name in ("OMP_PROC_BIND", "GOMP_CPU_AFFINITY", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
     for name in ("STEP_S", "LOADER_S", "TOGETHER_S"):
-        monkeypatch.setattr(doctor, name, 0.05)
+        monkeypatch.setattr(trial, name, 0.05)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -85,12 +86,12 @@ def usage(num: int) -> Callable[[Any], Any]:
     return lambda _: SimpleNamespace(total=num, used=0, free=num)
 
 
-def look(*arguments: object) -> tuple[int, dict[str, doctor.Finding]]:
+def look(*arguments: object) -> tuple[int, dict[str, Finding]]:
     """Exit code and findings of the program."""
     done = CliRunner().invoke(doctor.app, [*map(str, arguments), "--json"])
     assert done.exit_code in (0, 1), done.output
     rows = json.loads(done.stdout)["findings"]
-    return done.exit_code, {row.pop("check"): doctor.Finding(**row) for row in rows}
+    return done.exit_code, {row.pop("check"): Finding(**row) for row in rows}
 
 
 # ---- all is well ---------------------------------------------------------------------------------------------------
@@ -169,8 +170,8 @@ def test_packages_that_do_not_fit_are_named(
     change: Callable[[dict[str, str]], dict[str, str]], check: str, named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And nothing is looked at that would only tell of it in other words."""
-    versions = change(doctor.installed())
-    monkeypatch.setattr(doctor, "installed", lambda: versions)
+    versions = change(machine.installed())
+    monkeypatch.setattr(machine, "installed", lambda: versions)
     monkeypatch.setattr(torch.version, "cuda", "13.2")
     code, found = look()
     assert code == 1
@@ -205,31 +206,31 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
 def test_gpus_are_enough_free_equal_and_connected(
     two_gpus: list[SimpleNamespace], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert doctor.devices(2).state == "ok"
-    assert (doctor.devices(3).state, doctor.devices(3).change) == ("fault", "--processes 2")
+    assert machine.devices(2).state == "ok"
+    assert (machine.devices(3).state, machine.devices(3).change) == ("fault", "--processes 2")
     two_gpus[1].name = "T4"
-    assert "slowest" in doctor.devices(2).found
+    assert "slowest" in machine.devices(2).found
     two_gpus[0].free = 2**30
-    assert doctor.devices(2).state == "warning"
-    assert "1 of 80 GiB free" in doctor.devices(2).found
+    assert machine.devices(2).state == "warning"
+    assert "1 of 80 GiB free" in machine.devices(2).found
     monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: False)
-    assert doctor.devices(2).state == "fault"
-    assert "NCCL" in doctor.devices(2).found
-    assert doctor.devices(1).state == "warning"
+    assert machine.devices(2).state == "fault"
+    assert "NCCL" in machine.devices(2).found
+    assert machine.devices(1).state == "warning"
 
 
 def test_a_gpu_that_torch_cannot_use_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "DRIVER", tmp_path)
-    assert doctor.devices(1).state == "ok"
+    monkeypatch.setattr(machine, "DRIVER", tmp_path)
+    assert machine.devices(1).state == "ok"
     (tmp_path / "0000:01:00.0").mkdir()
-    assert doctor.devices(1).state == "fault"
-    assert "driver" in doctor.devices(1).change
+    assert machine.devices(1).state == "fault"
+    assert "driver" in machine.devices(1).change
 
 
 def test_little_shared_memory_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", usage(64 * 2**20))  # what a container has unless told otherwise
-    assert doctor.shared_memory(processes=8, gpus=8).state == "fault"
-    assert "--shm-size" in doctor.shared_memory(processes=8, gpus=8).change
+    assert machine.shared_memory(processes=8, gpus=8).state == "fault"
+    assert "--shm-size" in machine.shared_memory(processes=8, gpus=8).change
     assert look()[1]["shared memory"].state == "warning"
 
 
@@ -246,7 +247,7 @@ def test_settings_of_threads_that_cost_time_are_found(
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    finding = doctor.cores(1)
+    finding = machine.cores(1)
     assert finding.state == "warning"
     assert named in finding.found
     assert finding.change == f"unset {next(iter(environment))}"
@@ -254,12 +255,12 @@ def test_settings_of_threads_that_cost_time_are_found(
 
 def test_cores_that_are_not_there_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.workers.share_of_cores", lambda: 16)
-    assert doctor.cores(8) == doctor.Finding("ok", "16 cores, 2 for each process")
-    assert "17 processes share 16 cores" in doctor.cores(17).found
-    monkeypatch.setattr(doctor, "cpu_quota", lambda: 4.0)
-    assert doctor.cores(2).change == "--num-threads 2 --cpu-threads 2"
+    assert machine.cores(8) == Finding("ok", "16 cores, 2 for each process")
+    assert "17 processes share 16 cores" in machine.cores(17).found
+    monkeypatch.setattr(machine, "cpu_quota", lambda: 4.0)
+    assert machine.cores(2).change == "--num-threads 2 --cpu-threads 2"
     monkeypatch.setattr(os, "getloadavg", lambda: (9.0, 0.0, 0.0))
-    assert "load is 9.0" in doctor.cores(2).found
+    assert "load is 9.0" in machine.cores(2).found
 
 
 @pytest.mark.parametrize(
@@ -280,7 +281,7 @@ def test_a_containers_share_of_cores_is_read(files: dict[str, str], expected: fl
     assert QUOTA(tmp_path) == expected
 
 
-QUOTA = doctor.cpu_quota
+QUOTA = machine.cpu_quota
 
 
 def test_a_decoder_that_swaps_colours_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,7 +398,7 @@ def test_a_slow_disk_is_found_unless_memory_holds_the_shards(made: Path, monkeyp
     fast = 1.1e6 * TRAIN / total
     assert "page cache" in doctor.disk(dataset, fast).found
     assert doctor.disk(dataset, fast).state == "ok"
-    monkeypatch.setattr(doctor, "available_memory", lambda: total)
+    monkeypatch.setattr(machine, "available_memory", lambda: total)
     assert doctor.disk(dataset, fast).state == "warning"
 
 
@@ -415,7 +416,7 @@ def test_a_slow_disk_is_found_unless_memory_holds_the_shards(made: Path, monkeyp
 def test_batches_that_do_not_go_into_the_data_are_found(
     options: list[str], named: str, change: str, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "try_step", lambda *_: doctor.Finding("ok", ""))  # it is not looked at here
+    monkeypatch.setattr(trial, "try_step", lambda *_: Finding("ok", ""))  # it is not looked at here
     code, found = look(made / "train", *TINY, *options)
     assert (code, found["steps"].state, found["steps"].change) == (1, "fault", change)
     assert named in found["steps"].found
@@ -424,14 +425,14 @@ def test_batches_that_do_not_go_into_the_data_are_found(
 
 def test_an_epoch_that_leaves_much_out_is_found(made: Path) -> None:
     config = replace(RECIPES["demo"], batch_size=40)
-    finding = doctor.steps(read_dataset(made / "train"), config, processes=2)
+    finding = trial.steps(read_dataset(made / "train"), config, processes=2)
     assert finding.state == "warning"
     assert "1 an epoch of 40 images, 20 for each of 2 processes; 30 of 70" in finding.found
 
 
 def test_a_full_disk_and_a_batch_beyond_memory_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40 if "shm" in str(path) else 2**20)(path))
-    monkeypatch.setattr(doctor, "available_memory", lambda: 2**18)
+    monkeypatch.setattr(machine, "available_memory", lambda: 2**18)
     code, found = look("", "--out", tmp_path / "run", *TINY)
     assert code == 1
     assert (found["checkpoints"].state, found["memory"].state) == ("fault", "fault")
@@ -442,10 +443,10 @@ def test_a_full_disk_and_a_batch_beyond_memory_are_found(tmp_path: Path, monkeyp
 
 def test_options_that_would_be_followed_in_name_only_are_a_fault() -> None:
     for change, words in (({"batch_size": 1}, "no negatives"), ({"track": "wandb"}, "pip install wandb")):
-        finding = doctor.told(doctor.options, replace(RECIPES["demo"], **change), 1)
+        finding = checked(trial.options, replace(RECIPES["demo"], **change), 1)
         assert (finding.state, words in finding.found) == ("fault", True)
-    assert "1 image at a time" in doctor.told(doctor.options, replace(RECIPES["demo"], batch_size=4), 4).found
-    assert doctor.options(RECIPES["demo"], 1).state == "ok"
+    assert "1 image at a time" in checked(trial.options, replace(RECIPES["demo"], batch_size=4), 4).found
+    assert trial.options(RECIPES["demo"], 1).state == "ok"
 
 
 def test_a_step_that_cannot_be_made_is_a_fault() -> None:
@@ -457,10 +458,10 @@ def test_a_step_that_cannot_be_made_is_a_fault() -> None:
 
 def test_a_run_folder_that_cannot_be_made_is_found(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    trial = SimpleNamespace(training=SimpleNamespace(optimizer=SimpleNamespace(state={}), network=nn.Linear(2, 2)))
-    finding = doctor.checkpoints(trial, RECIPES["demo"], tmp_path / "file" / "run")  # type: ignore[arg-type]
+    tried = SimpleNamespace(training=SimpleNamespace(optimizer=SimpleNamespace(state={}), network=nn.Linear(2, 2)))
+    finding = trial.checkpoints(tried, RECIPES["demo"], tmp_path / "file" / "run")  # type: ignore[arg-type]
     assert finding.state == "fault"
-    assert doctor.checkpoints(trial, RECIPES["demo"], tmp_path / "new" / "run").state == "ok"  # type: ignore[arg-type]
+    assert trial.checkpoints(tried, RECIPES["demo"], tmp_path / "new" / "run").state == "ok"  # type: ignore[arg-type]
 
 
 def test_a_loader_too_slow_for_the_network_is_found(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -473,7 +474,7 @@ def test_a_loader_too_slow_for_the_network_is_found(made: Path, monkeypatch: pyt
         return whole(self)
 
     monkeypatch.setattr(loader.Loader, "__next__", slow)
-    monkeypatch.setattr(doctor, "STEP_S", 60.0)
+    monkeypatch.setattr(trial, "STEP_S", 60.0)
     finding = look(made / "train", *TINY)[1]["speed"]
     assert finding.state == "warning"
     assert "make_shards" in finding.change
@@ -487,39 +488,39 @@ def test_the_time_of_a_run_is_that_of_its_images(made: Path) -> None:
     """4 processes at 50 images/s: 64 of 70 images an epoch in steps of 16; waiting a tenth of the time is too much."""
     dataset, config = read_dataset(made / "train"), replace(RECIPES["demo"], batch_size=16, epochs=1000)
     whole = Plan(4, 1, 1, False)
-    trial = doctor.Trial(SimpleNamespace(plan=whole), whole, 55.0, 0.0)  # type: ignore[arg-type]
-    finding = doctor.speed(doctor.Pace(200.0, 50.0, 0.02), trial, dataset, config, processes=4)
+    tried = trial.Trial(SimpleNamespace(plan=whole), whole, 55.0, 0.0)  # type: ignore[arg-type]
+    finding = trial.speed(trial.Pace(200.0, 50.0, 0.02), tried, dataset, config, processes=4)
     assert finding.state == "ok"
     assert "about 0.32 s an epoch, 5.33 min for all 4000 steps: 200 images/s, 800 the loader" in finding.found
     assert "220 the network alone; waits for images 2% of the time; 4 processes reckoned from one" in finding.found
-    trial = replace(trial, part=Plan(2, 1, 1, False))
-    found = doctor.speed(doctor.Pace(200, 50, 0), trial, dataset, config, 4).found
+    tried = replace(tried, part=Plan(2, 1, 1, False))
+    found = trial.speed(trial.Pace(200, 50, 0), tried, dataset, config, 4).found
     assert found.startswith("at most 0.32 s an epoch")
     assert "steps of 2 images instead of 4" in found
     config = replace(config, steps=10)
-    assert "0.8 s for all 10 steps" in doctor.speed(doctor.Pace(200.0, 50.0, 0.2), trial, dataset, config, 4).found
-    assert doctor.speed(doctor.Pace(200.0, 50.0, 0.2), trial, dataset, config, 4).state == "warning"
+    assert "0.8 s for all 10 steps" in trial.speed(trial.Pace(200.0, 50.0, 0.2), tried, dataset, config, 4).found
+    assert trial.speed(trial.Pace(200.0, 50.0, 0.2), tried, dataset, config, 4).state == "warning"
 
 
 @pytest.mark.parametrize(
     ("seconds", "told"), [(0.5, "0.5 s"), (119, "119 s"), (600, "10 min"), (9000, "2.5 h"), (259200, "3 days")]
 )
 def test_spans_are_told_in_a_fitting_unit(seconds: float, told: str) -> None:
-    assert doctor.span(seconds) == told
+    assert trial.span(seconds) == told
 
 
 def test_what_a_graph_holds_is_counted() -> None:
     """A product keeps its input, a ReLU its result; the gradient of the weights needs no more."""
     model = nn.Sequential(nn.Linear(10, 20, bias=False), nn.ReLU())
     for rows in (1, 2, 7):
-        assert doctor.graph_bytes(model, torch.randn(rows, 10)) == 4 * rows * (10 + 20)
+        assert trial.graph_bytes(model, torch.randn(rows, 10)) == 4 * rows * (10 + 20)
 
 
 @pytest.mark.parametrize(
     "plan", [Plan(512, 1, 1, False), Plan(96, 5, 3, True), Plan(1, 64, 1, True), Plan(2, 1, 1, False)]
 )
 def test_parts_of_a_batch_grow_to_the_whole(plan: Plan) -> None:
-    parts = list(doctor.parts_of(plan))
+    parts = list(trial.parts_of(plan))
     sizes = [part.micro_batch * part.count for part in parts]
     assert sizes[0] <= 8
     assert all(a < b <= 2 * a + 2 * plan.micro_batch for a, b in zip(sizes, sizes[1:], strict=False))
