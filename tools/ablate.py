@@ -5,7 +5,7 @@
     python tools/ablate.py batch --data TRAIN --eval-data TEST --out DIR --axis epochs=5,10 --width 0.25
     python tools/ablate.py --list                         the grids; with a name, its cells and what each changes
 
-Every cell is a run of train.py for each seed, in a process of its own: one that fails costs its cell alone. Options
+Every cell is a run of train.py for each seed, in a process of its own, so a failure affects its cell alone. Options
 that are not named here go to train.py, for all cells. TRAIN and TEST are labelled shards of the same classes; the
 frozen features h of the finished encoder are scored by `tools/evaluate.py knn` (k = 200, or all of a smaller TRAIN)
 and `logistic`, as are those of freshly drawn weights. The same command goes on where it was stopped; axes and seeds
@@ -148,9 +148,9 @@ def ablate(
             check_options(options or [], axes)
             settings = [recipe, *views("--view", GRIDS[name].base), *(options or [])]
             check_cells(settings, grid)
-            with study(name, settings, data, eval_data, out) as on:
-                failed = on.run(grid, seeds)
-                rows = on.results()
+            with study(name, settings, data, eval_data, out) as started:
+                failed = started.run(grid, seeds)
+                rows = started.results()
             typer.echo(f"\n{table(rows)}\n")
             draw(name, rows, out / f"{name}.png")
             if failed:
@@ -171,18 +171,18 @@ def narrowed(axes: Mapping[str, tuple[str, ...]], texts: Iterable[str]) -> dict[
     chosen = dict(axes)
     for text in texts:
         name, _, values = text.partition("=")
-        found = tuple(dict.fromkeys(values.split(",")))
-        if name not in axes or not all(re.fullmatch(r"[\w.]+", value) for value in found):
+        listed = tuple(dict.fromkeys(values.split(",")))
+        if name not in axes or not all(re.fullmatch(r"[\w.]+", value) for value in listed):
             known = ", ".join(f"{axis}={','.join(values)}" for axis, values in axes.items())
             raise ValueError(f"--axis {text!r}: expected NAME=V,V,... of this grid's axes, which are {known}")
-        if name == "operators" and (unknown := [value for value in found if value not in OPERATORS]):
+        if name == "operators" and (unknown := [value for value in listed if value not in OPERATORS]):
             raise ValueError(f"--axis {text!r}: unknown {', '.join(unknown)}; operators are {', '.join(OPERATORS)}")
-        chosen[name] = found
+        chosen[name] = listed
     return chosen
 
 
 def check_options(options: Sequence[str], axes: Mapping[str, tuple[str, ...]]) -> None:
-    """Raises ValueError for options of train.py that the grid itself decides: they would go unheard."""
+    """Raises ValueError for options of train.py that the grid sets itself: the grid's value would override them."""
     decided = {"data", "eval_data", "out", "resume", "seed", "config", *axes}
     if "operators" in axes:
         decided.add("second_view")
@@ -210,14 +210,14 @@ def cells(axes: Mapping[str, tuple[str, ...]]) -> dict[str, list[str]]:
     if "operators" in axes:
         names = sorted(axes["operators"], key=list(OPERATORS).index)
         chosen = [*itertools.combinations(names, 1), *itertools.combinations(names, 2)]
-        return {f"operators={'+'.join(each)}": one_sided(each) for each in chosen}
-    found = {}
+        return {f"operators={'+'.join(operators)}": one_sided(operators) for operators in chosen}
+    grid = {}
     for values in itertools.product(*axes.values()):
-        at = dict(zip(axes, values, strict=True))
-        if at.get("head") == "none":  # z is h, whatever dimension is asked for
-            del at["projection_dim"]
-        found["/".join(map("=".join, at.items()))] = [word for pair in at.items() for word in option(*pair)]
-    return found
+        settings = dict(zip(axes, values, strict=True))
+        if settings.get("head") == "none":  # z is h, whatever dimension is asked for
+            del settings["projection_dim"]
+        grid["/".join(map("=".join, settings.items()))] = [word for pair in settings.items() for word in option(*pair)]
+    return grid
 
 
 def option(name: str, value: str) -> list[str]:
@@ -255,7 +255,7 @@ class Stopped(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A grid in its folder, which no other process uses."""
+    """A grid and its folder, which this process alone may write."""
 
     name: str
     settings: list[str]  # of all cells: recipe and options of train.py
@@ -265,7 +265,7 @@ class Study:
     lock: int  # file descriptor; the folder stays claimed as long as a process has it
 
     def run(self, grid: Mapping[str, list[str]], seeds: int) -> int:
-        """Train and score what results.csv lacks; how many cells failed. ValueError where none can be trained."""
+        """Train and score each cell that results.csv lacks; return how many failed. ValueError if none can start."""
         done = {(row["cell"], int(row["seed"])) for row in self.results()}
         # Seeds outermost: a grid that is stopped early is whole, with fewer seeds.
         jobs = [(cell, seed) for seed in range(seeds) for cell in (*grid, RANDOM) if (cell, seed) not in done]
@@ -297,7 +297,7 @@ class Study:
         return self.out / cell / f"seed={seed}"
 
     def fit(self, run: Path, changes: list[str], seed: int) -> dict[str, Any]:
-        """Train to the end, from the newest checkpoint if there is one: what the finished run says of itself."""
+        """Train to the end, from the newest checkpoint if there is one. Returns columns of results.csv."""
         from model.run_folder import read_rows
         from tools.files import read_text
         from tools.records import training_seconds
@@ -328,7 +328,7 @@ class Study:
         )
         return {row["evaluation"]: next(iter(row["scores"].values()))["top1"] for row in read_rows(results)}
 
-    def keep(self, cell: str, seed: int, found: Mapping[str, Any]) -> None:
+    def keep(self, cell: str, seed: int, columns: Mapping[str, Any]) -> None:
         """A line of results.csv; loss is the mean over the last epoch, seconds are of training alone."""
         from tools.records import append, environment
 
@@ -340,7 +340,7 @@ class Study:
             "settings": shlex.join(self.settings),
             "data": f"{self.train.root.name}, {self.train.samples} images",
             **environment(),
-            **found,
+            **columns,
         }
         append((self.out / "results.csv").resolve(), [row])
 
@@ -350,10 +350,10 @@ class Study:
         return read((self.out / "results.csv").resolve())
 
     def call(self, program: str, words: Iterable[object], run: Path) -> None:
-        """Run one of our programs to its end, what it prints going to a log beside `run`.
+        """Run one of our programs to its end; its output goes to a log beside `run`.
 
-        Raises CellError if it fails, and Stopped, once it has ended, if it or this process is asked to stop. Should
-        this process be killed, the program is asked to stop, and keeps the folder claimed until it has.
+        Raises CellError if it fails, and Stopped if it or this process is asked to stop, once it has ended. If this
+        process is killed, the program gets SIGTERM and keeps the folder claimed until it ends.
         """
         from tools.files import open_to_append, read_text
 
@@ -378,14 +378,16 @@ class Study:
         if code == PREEMPTED:
             raise Stopped
         if code:
-            said = [line for line in read_text(log, errors="replace").splitlines() if any(map(str.isalnum, line))]
+            lines = [line for line in read_text(log, errors="replace").splitlines() if any(map(str.isalnum, line))]
             how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
-            raise CellError(f"{program} ended with {how}: {said[-1].strip(' │') if said else 'no word'} ({log})", code)
+            raise CellError(
+                f"{program} ended with {how}: {lines[-1].strip(' │') if lines else 'no word'} ({log})", code
+            )
 
 
 @contextmanager
 def study(name: str, settings: list[str], data: Path, eval_data: Path, out: Path) -> Iterator[Study]:
-    """Claims the folder for this process and for this grid alone. Raises ValueError for what the caller can mend."""
+    """Claim the folder for this process and this grid. Raises ValueError for what the caller can mend."""
     from model.run_folder import claim, is_empty
     from pipeline.labels import check_alike
     from pipeline.shards import read_dataset
@@ -394,44 +396,44 @@ def study(name: str, settings: list[str], data: Path, eval_data: Path, out: Path
     train, test = read_dataset(data), read_dataset(eval_data)
     check_alike(train, test)
     this = {"grid": name, "settings": shlex.join(settings), "data": train.fingerprint, "eval_data": test.fingerprint}
-    told = out / "grid.json"
-    if out.exists() and not (out.is_dir() and (told.exists() or is_empty(out))):
+    grid_file = out / "grid.json"
+    if out.exists() and not (out.is_dir() and (grid_file.exists() or is_empty(out))):
         raise ValueError(f"{out} is not empty and holds no grid: give a new folder with --out")
-    with claim(out, "ablate.py, or a training of its that has yet to stop") as mine:
+    with claim(out, "ablate.py, or a training of its that has yet to stop") as lock:
         if any(out.glob("*=*/**/checkpoints/step-*")):
             try:
-                there = json.loads(read_bytes(told))
+                stored = json.loads(read_bytes(grid_file))
                 changed = [
-                    f"{key}: {there[key]} there, {value} now" for key, value in this.items() if there[key] != value
+                    f"{key}: {stored[key]} there, {value} now" for key, value in this.items() if stored[key] != value
                 ]
             except (OSError, ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{told} does not say which grid this is ({error}): give a new --out") from error
+                raise ValueError(f"{grid_file} does not say which grid this is ({error}): give a new --out") from error
             if changed:
                 raise ValueError(f"{out} holds another grid ({'; '.join(changed)}): give a new folder with --out")
-        else:  # nothing has been trained that other settings could mix with
-            write_text(told, json.dumps(this, indent=1))
+        else:  # no run has begun, so the settings may still change
+            write_text(grid_file, json.dumps(this, indent=1))
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            yield Study(name=name, settings=settings, train=train, test=test, out=out, lock=mine.descriptor)
+            yield Study(name=name, settings=settings, train=train, test=test, out=out, lock=lock.descriptor)
         finally:
             signal.signal(signal.SIGTERM, before)
 
 
-# ---- what came of it -----------------------------------------------------------------------------------------------
+# ---- table and figure -----------------------------------------------------------------------------------------------
 
 
 def summary(rows: Sequence[Mapping[str, str]], column: str, scale: float = 100) -> dict[str, tuple[float, float]]:
-    """{cell: (mean, standard deviation)} over the seeds; nan where there is nothing, or one seed, to tell it from."""
+    """{cell: (mean, standard deviation)} over the seeds; nan without a value, the deviation also with a single one."""
     values: dict[str, list[float]] = {row["cell"]: [] for row in rows}
     for row in rows:
         if row[column]:
             values[row["cell"]].append(scale * float(row[column]))
     return {
         cell: (
-            statistics.mean(each) if each else math.nan,
-            statistics.stdev(each) if len(each) > 1 else math.nan,
+            statistics.mean(scores) if scores else math.nan,
+            statistics.stdev(scores) if len(scores) > 1 else math.nan,
         )
-        for cell, each in values.items()
+        for cell, scores in values.items()
     }
 
 
@@ -463,12 +465,12 @@ def draw(name: str, rows: Sequence[Mapping[str, str]], path: Path) -> None:
         return
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     for axes, (score, text) in zip(figure.subplots(1, len(SCORES)), SCORES.items(), strict=True):
-        found = summary(rows, score)
-        baseline = found.pop(RANDOM, (math.nan, math.nan))
+        scores = summary(rows, score)
+        baseline = scores.pop(RANDOM, (math.nan, math.nan))
         if name == "augment":
-            matrix(axes, found)
+            matrix(axes, scores)
         else:
-            bars(axes, found)
+            bars(axes, scores)
             axes.axhline(baseline[0], linestyle=":", color="gray")
         known = "" if math.isnan(baseline[0]) else f"; freshly drawn weights {plus_minus(*baseline)}"
         axes.set_title(f"{text}, top-1 in %{known}", fontsize=9)
@@ -479,11 +481,11 @@ def draw(name: str, rows: Sequence[Mapping[str, str]], path: Path) -> None:
     typer.echo(str(path))
 
 
-def matrix(axes: "Axes", found: Mapping[str, tuple[float, float]]) -> None:
+def matrix(axes: "Axes", scores: Mapping[str, tuple[float, float]]) -> None:
     """Figure 5: operators alone on the diagonal, pairs off it, the last column the mean of a row."""
     import numpy as np
 
-    chosen = {cell.removeprefix("operators="): value for cell, value in found.items()}
+    chosen = {cell.removeprefix("operators="): value for cell, value in scores.items()}
     names = [name for name in OPERATORS if any(name in pair.split("+") for pair in chosen)]
     means = np.full((len(names), len(names) + 1), np.nan)
     texts = np.full(means.shape, "", dtype=object)
@@ -494,32 +496,35 @@ def matrix(axes: "Axes", found: Mapping[str, tuple[float, float]]) -> None:
     means[:, -1] = np.nanmean(means[:, :-1], axis=1)
     texts[:, -1] = [f"{mean:.2f}" for mean in means[:, -1]]
     low, high = np.nanmin(means), np.nanmax(means)
-    axes.imshow(means, cmap="Blues", vmin=low, vmax=high + (high - low) / 2, aspect="auto")  # black is read on all
+    vmax = high + (high - low) / 2  # above all values, so that black text is readable on each
+    axes.imshow(means, cmap="Blues", vmin=low, vmax=vmax, aspect="auto")
     for (i, j), text in np.ndenumerate(texts):
         axes.text(j, i, text, ha="center", va="center", fontsize=8)
     axes.set_xticks(range(len(names) + 1), [*names, "mean"])
     axes.set_yticks(range(len(names)), names)
 
 
-def bars(axes: "Axes", found: Mapping[str, tuple[float, float]]) -> None:
-    """Figures 8 and 9: the grid's last axis along the figure, another in groups; lines show the spread of the seeds.
+def bars(axes: "Axes", scores: Mapping[str, tuple[float, float]]) -> None:
+    """Figures 8 and 9: the last axis of the grid runs along x, other axes form groups; error bars span the seeds.
 
-    A cell without the last axis stands at "h": without a head that is what the loss gets.
+    A cell without the last axis stands at "h": without a head, h goes into the loss.
     """
-    at = {cell: dict(part.split("=") for part in cell.split("/")) for cell in found}
-    *grouping, along = dict.fromkeys(name for place in at.values() for name in place)
-    ticks = sorted({place.get(along, "h") for place in at.values()}, key=lambda tick: (tick != "h", number(tick), tick))
+    settings = {cell: dict(part.split("=") for part in cell.split("/")) for cell in scores}
+    *grouping, along = dict.fromkeys(name for values in settings.values() for name in values)
+    ticks = sorted(
+        {values.get(along, "h") for values in settings.values()}, key=lambda tick: (tick != "h", number(tick), tick)
+    )
     groups: dict[str, dict[str, str]] = {}  # {label: {tick: cell}}
-    for cell, place in at.items():
-        label = " ".join(f"{name} {place[name]}" for name in grouping)
-        groups.setdefault(label, {})[place.get(along, "h")] = cell
+    for cell, values in settings.items():
+        label = " ".join(f"{name} {values[name]}" for name in grouping)
+        groups.setdefault(label, {})[values.get(along, "h")] = cell
     width = 0.8 / len(groups)
     for label, group in groups.items():
         where = []
-        for tick in group:  # beside the others of its tick, their middle on it
+        for tick in group:  # the bars of a tick stand side by side, centred on it
             beside = [other for other, cells in groups.items() if tick in cells]
             where.append(ticks.index(tick) + (beside.index(label) - (len(beside) - 1) / 2) * width)
-        means, spreads = zip(*map(found.__getitem__, group.values()), strict=True)
+        means, spreads = zip(*map(scores.__getitem__, group.values()), strict=True)
         drawn = axes.bar(where, means, width, yerr=spreads, capsize=3, label=label)
         axes.bar_label(drawn, fmt="%.1f", fontsize=7)
     axes.set_xticks(range(len(ticks)), ticks)

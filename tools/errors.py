@@ -1,4 +1,4 @@
-"""How every program ends: one line and an exit code, 2 for what the caller can mend, 1 for what failed on the way."""
+"""How every program ends: user errors exit with code 2, runtime failures with 1, both with a one-line message."""
 
 import contextlib
 import errno
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import typer
 
-# A path that cannot be used as it was given. What passes or needs room, such as a full disk, is none of the caller's.
+# The given path cannot be used: a user error. Errors that may pass, or need space, such as a full disk, are not.
 WRONG_PATH = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 WRONG_PATH |= {errno.ELOOP, errno.ENXIO}  # a link, or a pipe, in place of a file
 
@@ -24,8 +24,7 @@ def one_line(error: BaseException) -> str:
 def one_message(program: str) -> Iterator[None]:
     """Turn an error into one line on stderr and an exit code: ValueError and wrong paths 2, failures 1.
 
-    What torch or Python itself raises as a RuntimeError keeps its traceback; a LoaderError or a killed worker needs
-    none.
+    A RuntimeError of torch or Python itself keeps its traceback; a LoaderError or a killed worker needs none.
     """
     try:
         yield

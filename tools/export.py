@@ -90,20 +90,20 @@ def results_of(weights: Path, steps: int | None) -> list[tuple[str, str, str]]:
     from model.run_folder import read_rows
     from tools.files import open_binary
 
-    found = []
+    results = []
     metrics, rows = weights.parent.parent / "metrics.jsonl", weights.with_name("evaluation.jsonl")
     for row in read_rows(metrics) if metrics.is_file() else []:
         if "knn" in row and row["step"] in (0, steps):
-            found.append((f"kNN in training, step {row['step']}", _percent(row["knn"]), ""))
+            results.append((f"kNN in training, step {row['step']}", _percent(row["knn"]), ""))
     with open_binary(weights) as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     for number, row in enumerate(read_rows(rows) if rows.is_file() else [], 1):
         try:
             if row["sha256"] == digest:
-                found += _scores(row)
+                results += _scores(row)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{rows}, row {number} is not an evaluation's: {error!r}") from error
-    return found
+    return results
 
 
 def _scores(row: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -111,12 +111,12 @@ def _scores(row: dict[str, Any]) -> list[tuple[str, str, str]]:
     how = {"cached": "cached features", "labels": f"{options.get('labels')} labels", "l2": "l2 swept"}
     words = [text for name, text in how.items() if options.get(name)]
     words += [f"{row['train']['name']} to {row['test']['name']}"]
-    found = []
+    results = []
     for name, scores in row["scores"].items():
         if name != "from scratch":  # other weights
             what = ", ".join([kind, *([name] if name not in (kind, "pre-trained") else []), *words])
-            found.append((what, _percent(scores["top1"]), _percent(scores["top5"])))
-    return found
+            results.append((what, _percent(scores["top1"]), _percent(scores["top5"])))
+    return results
 
 
 def card(
@@ -179,12 +179,12 @@ def card(
         "",
     ]
     config = training.get("config", {})
-    told = {"images": dataset or "unnamed", "steps": training.get("steps"), "recipe": training.get("recipe")}
-    told |= {"shards' fingerprint": training.get("dataset")} | {
+    facts = {"images": dataset or "unnamed", "steps": training.get("steps"), "recipe": training.get("recipe")}
+    facts |= {"shards' fingerprint": training.get("dataset")} | {
         k: v for k, v in config.items() if k not in ("steps", "views")
     }
-    told |= {f"views: {name}": value for name, value in config.get("views", {}).items()}
-    rows = [f"| {_text(name)} | {_text(value)} |" for name, value in told.items() if value not in (None, "")]
+    facts |= {f"views: {name}": value for name, value in config.get("views", {}).items()}
+    rows = [f"| {_text(name)} | {_text(value)} |" for name, value in facts.items() if value not in (None, "")]
     if training:
         lines += ["| what | value |", "|---|---|", *rows, ""]
     else:
@@ -220,7 +220,7 @@ def _yaml(value: object) -> str:
     plain = json.dumps(value, ensure_ascii=False)
     return re.sub(
         r"[^ -~\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]",
-        lambda found: "\ufffd" if "\ud800" <= found[0] <= "\udfff" else f"\\u{ord(found[0]):04x}",
+        lambda match: "\ufffd" if "\ud800" <= match[0] <= "\udfff" else f"\\u{ord(match[0]):04x}",
         plain,
     )
 

@@ -1,4 +1,4 @@
-"""What a run says about itself, read back by the tools: how an encoder was trained, where its head lies."""
+"""Read back what a run has stored about itself: how an encoder was trained, where its projection head lies."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,10 +31,10 @@ def training_of(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
     state = file.with_name("state.json")
     try:
-        if told := read_metadata(file):
-            interpolation = {"bilinear": "linear", "bicubic": "cubic"}[told["interpolation"]]
-            views = {"size": told["image_size"], "mean": told["mean"], "std": told["std"]}
-            return views | {"eval_crop": told["crop_pct"], "interpolation": interpolation}, dict(told["training"])
+        if facts := read_metadata(file):
+            interpolation = {"bilinear": "linear", "bicubic": "cubic"}[facts["interpolation"]]
+            views = {"size": facts["image_size"], "mean": facts["mean"], "std": facts["std"]}
+            return views | {"eval_crop": facts["crop_pct"], "interpolation": interpolation}, dict(facts["training"])
         if file.name == "model.safetensors" and state.is_file():
             saved = read_state(file.parent, {file.name})
             extra = saved["extra"]

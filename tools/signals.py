@@ -125,9 +125,9 @@ class Agreement:
 
         (last, since), now = self._last, time.monotonic()
         step_s = (now - since) / (step - last) if last and step > last else self.every_s  # at first it counts set-up
-        found, step_s = self.gather(torch.tensor([[float(mine), step_s]], device=self.device)).mean(0).tolist()
+        stopping, step_s = self.gather(torch.tensor([[float(mine), step_s]], device=self.device)).mean(0).tolist()
         self._last, self._next = (step, now), step + max(1, int(self.every_s / step_s))
-        return found > 0
+        return stopping > 0
 
 
 def stop_with_launcher() -> None:
