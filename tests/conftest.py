@@ -8,7 +8,7 @@ import pytest
 
 # Test files run beside each other, one process for each core. A few threads keep float32 sums bitwise repeatable.
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait would take the cores from others
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep instead of taking the cores from others
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
