@@ -326,9 +326,7 @@ def train(
 
         # Start, or go on
         step, skipped = go_on(saved, training, loader, probe)
-        if config.track:
-            values = {k: str(v) for k, v in asdict(config).items()}
-            tracking(accelerator, lambda: accelerator.init_trackers("swiftclr", config=values))
+        track = start_tracker(config, accelerator)
         if saved and log.main:
             log.notes += checkpoint.set_aside_newer(saved)
             checkpoint.prune(saved.path.parent, config.keep, saved.path)  # a run killed in its last save makes no other
@@ -358,9 +356,7 @@ def train(
             skipped=skipped,
             gather=accelerator.gather,
             say=accelerator.print,
-            track=(lambda values, step: tracking(accelerator, lambda: accelerator.log(values, step=step)))
-            if config.track
-            else None,
+            track=track,
         )
 
         def evaluate() -> bool:
@@ -402,9 +398,7 @@ def train(
             export(path.parent, training.encoder, config, recipe, step, dataset)
             log.status("done")
         report.end(str(path))
-        tracking(accelerator, lambda: [tracker.finish() for tracker in accelerator.trackers])
-        accelerator.trackers = []
-        accelerator.end_training()
+        end_training(accelerator)
         return path
 
 
@@ -651,6 +645,22 @@ def go_on(saved: Saved | None, training: Training, loader: Loader, probe: Online
         saved.path, model=training.network, optimizer=training.optimizer, probe=probe.linear if probe else None
     )
     return step, saved.extra.get("skipped_in_a_row", 0)
+
+
+def start_tracker(config: TrainConfig, accelerator: Accelerator) -> Callable[[dict[str, Any], int], None] | None:
+    """What logs (values, step), if a tracker is wanted."""
+    if not config.track:
+        return None
+    values = {k: str(v) for k, v in asdict(config).items()}
+    tracking(accelerator, lambda: accelerator.init_trackers("swiftclr", config=values))
+    return lambda values, step: tracking(accelerator, lambda: accelerator.log(values, step=step))
+
+
+def end_training(accelerator: Accelerator) -> None:
+    """Close the tracker and the process group."""
+    tracking(accelerator, lambda: [tracker.finish() for tracker in accelerator.trackers])
+    accelerator.trackers = []
+    accelerator.end_training()
 
 
 def tracking(accelerator: Accelerator, call: Callable[[], object]) -> None:
