@@ -184,10 +184,13 @@ def test_a_workspace_removes_what_killed_processes_left_and_nothing_else(tmp_pat
     planted(tmp_path / f"{name[:-8]}1111.tmp", "link to a folder", tmp_path / "two")
     (tmp_path / "two" / files.MARK).write_bytes(files.MARK_TEXT)
     before = {path for path in tmp_path.rglob("*") if killed not in (path, *path.parents)}
+    unmarked = tmp_path / f"{name[:-8]}2222.tmp"  # of one killed before the mark was there, or after it had gone
+    unmarked.mkdir()
     with workspace(tmp_path, "another"):
         assert killed.is_dir()
     with workspace(tmp_path, "encoder") as inside:
         assert not killed.exists()
+        assert not unmarked.exists()
         assert (inside / files.MARK).exists()
         (inside / "folder").mkdir()
         (inside / "link").symlink_to(tmp_path / "one")

@@ -207,11 +207,14 @@ def workspace(folder: Path, name: str) -> Iterator[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     remove_abandoned(folder, name)
-    try:
-        path = Path(tempfile.mkdtemp(".tmp", _start(name), folder))
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(folder)) from error
-    held = _hold(path)
+    while True:
+        try:
+            path = Path(tempfile.mkdtemp(".tmp", _start(name), folder))
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(folder)) from error
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):  # another process took it for abandoned
+            held = _hold(path)
+            break
     try:
         write_mark(path)
         yield path
@@ -226,13 +229,18 @@ def _start(name: str) -> str:
 
 
 def remove_abandoned(folder: Path, name: str) -> None:
-    """Remove the workspaces of processes that are gone; whatever else has such a name stays."""
+    """Remove the workspaces of processes that are gone; whatever else has such a name stays.
+
+    An empty folder is one of a process that was killed before it had marked it, or after it had removed the mark.
+    """
     for path in folder.glob(f"{glob.escape(_start(name))}????????.tmp"):
         with contextlib.suppress(OSError):  # a link or a file, in use, or not to be removed by us
             held = _hold(path)
             try:
                 if _is_marked(held):
                     remove_workspace(path)
+                else:
+                    path.rmdir()  # fails if anything is in it
             finally:
                 os.close(held)
 
