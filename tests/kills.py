@@ -52,6 +52,7 @@ def main() -> None:
     rng, counts, start = random.Random(args.seed), Counter[str](), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
+        os.environ["TMPDIR"] = tempfile.tempdir = folder  # where a killed process leaves DALI's and torch's files
         wait(fork(write_data, work / "data"))
         whole = work / "whole"
         assert wait(launch(work, whole, args)) == 0, printed(whole)

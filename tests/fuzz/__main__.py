@@ -119,7 +119,7 @@ def main() -> None:
     torch.set_num_threads(1)  # no pool of threads that a fork would lose
     start, all_tried = time.monotonic(), dict[str, Tried]()
     fast = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    folder = tempfile.mkdtemp(dir=fast)
+    folder = tempfile.tempdir = tempfile.mkdtemp(dir=fast)  # where DALI's own files go, too
     try:
         attempts = {}
         for name in args.only or TARGETS:
