@@ -108,12 +108,12 @@ PARTS: dict[int, tuple[int, list[Line]]] = {  # seconds of each part, its archiv
                         *(gpu_tests("nt_xent_triton", only=kind) for kind in KINDS),
                         gpu_tests("nt_xent_triton", only=" and ".join(f"not {kind}" for kind in KINDS)),
                         gpu_tests("lars", "monitor"),
-                        gpu_tests("large_batch", only="not filled"),
+                        gpu_tests("large_batch"),
                     ]
                 ),
-                gpu_tests("nt_xent_triton", "lars", "monitor", "large_batch", only="not filled"),
+                gpu_tests("nt_xent_triton", "lars", "monitor", "large_batch"),
             ),
-            Line("test that fills the memory", 15, gpu_tests("large_batch", only="filled"), gpu_tests("large_batch")),
+            Line("test that fills the memory", 15, *[gpu_tests("memory_plan")] * 2),
             Line(
                 "compute-sanitizer",
                 30,
