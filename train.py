@@ -330,9 +330,7 @@ def train(
         if saved and log.main:
             log.notes += checkpoint.set_aside_newer(saved)
             checkpoint.prune(saved.path.parent, config.keep, saved.path)  # a run killed in its last save makes no other
-        k = neighbours(KNN_K, bank := min(KNN_BANK, dataset.samples))
-        votes = {"knn_k": k} if queries else {}
-        log.start({"command": shlex.join(["train.py", *sys.argv[1:]]), **asdict(config), **votes}, step)
+        log.start(facts(config, dataset, queries), step)
         accelerator.print(
             f"swiftclr {recipe}: {log.out}, step {step} of {total_steps}\n"
             f"  processes  {describe_processes(config, accelerator)}\n"
@@ -341,7 +339,7 @@ def train(
             f"per epoch, learning rate to {training.peak_lr:.4g} in {warmup} steps\n"
             f"  loss       {training.loss}\n"
             f"  probe      {describe_probe(config, dataset, saved)}\n"
-            f"  kNN        {f'the {k} nearest of {bank} images vote' if queries else 'off'}\n"
+            f"  kNN        {describe_votes(dataset, queries)}\n"
             f"  settings   {settings(config, origin or {})}"
             + "".join(f"\n  note       {note}" for note in [*log.notes, *changed_sums(saved, config, world_size)])
         )
@@ -702,6 +700,17 @@ def describe_processes(config: TrainConfig, accelerator: Accelerator) -> str:
         f"{accelerator.num_processes} on {where}, precision {accelerator.mixed_precision}, "
         f"{'compiled' if config.compile == 'on' else 'eager'}, DALI threads {config.num_threads or share_of_cores()}"
     )
+
+
+def facts(config: TrainConfig, dataset: Dataset, queries: Dataset | None) -> dict[str, Any]:
+    """config.json: the command, the resolved settings and, where kNN is asked for, how many neighbours vote in it."""
+    votes = {"knn_k": neighbours(KNN_K, min(KNN_BANK, dataset.samples))} if queries else {}
+    return {"command": shlex.join(["train.py", *sys.argv[1:]]), **asdict(config), **votes}
+
+
+def describe_votes(bank: Dataset, queries: Dataset | None) -> str:
+    images = min(KNN_BANK, bank.samples)
+    return f"the {neighbours(KNN_K, images)} nearest of {images} images vote" if queries else "off"
 
 
 def describe_probe(config: TrainConfig, dataset: Dataset, saved: Saved | None) -> str:
