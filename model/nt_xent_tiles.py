@@ -77,10 +77,10 @@ def add_tiles(
     Both views are cut into the same blocks, so the other views of a block are exactly another block, and both kinds of
     excluded pairs lie on the main diagonals of square tiles.
 
-    On the CPU each tile is computed by one thread. With torch's own threads, which meet after every product, exp and
-    sum, a plain loop took 7 to 15 times as long while other programs had the cores too (1024 and 4096 rows, 2 cores of
-    an EPYC under a load of 12). Where OMP_WAIT_POLICY=PASSIVE lets them sleep, as in train.py, it took 1.15 times as
-    long at 1024 rows and 0.5 times at 4096; benchmarks.loss times both. This thread adds the shares in the order of
+    On the CPU each tile is computed by one thread. A plain loop with torch's own threads, which meet after every
+    product, exp and sum, took 1.12, 1.05 and 1.19 times as long at 1024, 4096 and 16384 rows (2 threads on 2 cores of
+    an EPYC that others used too) where OMP_WAIT_POLICY=PASSIVE lets them sleep, as in train.py; 1.3 and 4 times where
+    they spin, and more the busier the machine. benchmarks.loss times both. This thread adds the shares in the order of
     the tiles, so the result is the same for any number of threads.
     """
     n = len(total) // 2
