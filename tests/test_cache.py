@@ -272,6 +272,9 @@ print(cache.stats.shards_fetched)
 
 def started(script: str, cache: Cache, items: list[Item]) -> "subprocess.Popen[str]":
     words = [str(cache.folder), str(cache.limit_bytes), *(str(word) for each in items for word in each)]
+    script = (
+        f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n{script}"  # it may be ignored here
+    )
     pipe = subprocess.PIPE
     return subprocess.Popen([sys.executable, "-c", script, *words], cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
 

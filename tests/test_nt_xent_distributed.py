@@ -15,7 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 from model import nt_xent_tiles
 from model.nt_xent import nt_xent
 from tests.oracles import nt_xent as oracle
-from tests.processes import spawn
 from tests.test_nt_xent import fp32_margin, projections
 
 WORLD_SIZES = [1, 2, 3, 4]
@@ -79,7 +78,7 @@ def results(tmp_path_factory) -> dict:
     folder: Path = tmp_path_factory.mktemp("ranks")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")  # for the children, before any of them imports Triton
-        spawn(rank_main, (str(folder),), nprocs=max(WORLD_SIZES))
+        torch.multiprocessing.spawn(rank_main, (str(folder),), nprocs=max(WORLD_SIZES))
     return torch.load(folder / "results.pt")
 
 
