@@ -635,7 +635,7 @@ def checkpoints(work: Path) -> Attempt:
             must(bad.name == "state.json", f"{bad} is spoilt and taken for whole")
         newer = [name for name in goods if name > newest.name]
         must(len(notes) == len(newer), f"{notes}")
-        must(all(any(bad.name in note for bad in spoilt) for note in notes), f"{notes} name none of {spoilt}")
+        must(all(any(bad.parent.name in note for bad in spoilt) for note in notes), f"{notes} name none of {spoilt}")
         fresh = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
         step, _ = checkpoint.load(
             newest, model=fresh, optimizer=torch.optim.SGD(fresh.parameters(), lr=0.1, momentum=0.9)
