@@ -21,8 +21,8 @@ from pipeline.images import MAX_PIXELS, NOT_DALI, check_all, ppm_shape
 from pipeline.shards import Dataset, DatasetError, Shard, index_line, index_text, manifest, read_dataset
 from pipeline.sources_tars import TARS, TarSample, compressed_tars, member_extension, no_label, tar_labels, tar_samples
 from pipeline.workers import DECODERS, in_order
-from pipeline.write import names_full_disk, publish
-from tools.files import open_binary, write_new
+from pipeline.write import GOES_ON, publish
+from tools.files import naming, open_binary, write_new
 
 # What DALI 2.4 decodes, and Pillow too; DALI decodes neither GIF nor AVIF.
 KINDS = {"jpg", "jpeg", "jpe", "jfif", "png", "webp", "ppm", "pgm", "pbm", "pnm", "bmp", "tif", "tiff"}
@@ -63,7 +63,7 @@ def index_tars(
     tally = Tally()
     for path in (path for each in map(Path, tars) if each.is_dir() for path in compressed_tars(each)):
         tally.leave_out(str(path), "compressed tar", "unpack it first")
-    with publish(out) as folder, names_full_disk(folder):
+    with publish(out) as folder, naming(folder, GOES_ON):
         found: list[_Tar] = []
         for tar in in_order(scan, iter(files), min(workers, len(files)), DECODERS if verify else ()):
             found.append(tar)

@@ -44,6 +44,7 @@ from tools.files import (
     create,
     empty,
     flush,
+    naming,
     open_binary,
     read_text,
     remove,
@@ -53,6 +54,7 @@ from tools.files import (
     write_text,
 )
 
+GOES_ON = "make room there, and the same command goes on"  # after a full disk
 JOURNAL = "journal.jsonl"
 
 
@@ -106,7 +108,7 @@ def write_shards(
         (f"{i:06d}.part", start, [samples[j] for j in order[start:stop]])
         for i, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False))
     )
-    with publish(out, keep=JOURNAL) as folder, names_full_disk(folder):
+    with publish(out, keep=JOURNAL) as folder, naming(folder, GOES_ON):
         job = {
             **options,
             "name": name,
@@ -179,18 +181,6 @@ def _write_manifest(
     write_new(folder / "_info.json", json.dumps({"splits": {name: split}}, indent=1))
     write_new(folder / "sizes.json", json.dumps(dict(zip(files, lengths, strict=True)), indent=1))
     write_new(folder / "dataset.json", manifest(dataset))
-
-
-@contextlib.contextmanager
-def names_full_disk(folder: Path) -> Iterator[None]:
-    """Give an error of writing, which Python raises without a path, that of the folder, and say what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None or error.errno is None:
-            raise
-        hint = f"{error.strerror}; make room there, and the same command goes on"
-        raise OSError(error.errno, hint, str(folder)) from error
 
 
 @contextlib.contextmanager

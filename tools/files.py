@@ -29,14 +29,14 @@ KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: 
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """An OSError that names no file, as that of a full disk, gets the name of `path`."""
+def naming(path: Path, advice: str = "") -> Iterator[None]:
+    """An OSError that names no file, as that of a full disk, gets the name of `path`, and says what to do about it."""
     try:
         yield
     except OSError as error:
         if error.filename is not None or error.errno is None:
             raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise OSError(error.errno, "; ".join(filter(None, (error.strerror, advice))), str(path)) from error
 
 
 # ---- reading and adding --------------------------------------------------------------------------------------------
